@@ -1,0 +1,12 @@
+"""lrd: learning rate dropout on many ranks, synchronized by construction and exactly resumable.
+
+    import lrd
+    lrd.LRDropout(optimizer, keep_prob=0.5, seed=0)
+
+The import is cheap: torch and NumPy, nothing else.
+"""
+
+from lrd.dropout import LRDropout
+
+__all__ = ["LRDropout", "__version__"]
+__version__ = "0.1.0"

@@ -1,0 +1,176 @@
+"""A training job: all its parts, set up on every rank together, with the state that a checkpoint carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from lrd import __version__, checkpoint, console, data, distributed
+from lrd import recipe as recipes
+from lrd.errors import UserError
+from lrd.models import build_model
+from lrd.optim import build_optimizer
+from lrd.rundir import RunDir
+from lrd.schedules import Schedule, depends_on_length, run_length
+from lrd.tracking import Tracker
+
+
+@dataclass
+class Job:
+    """One run on one rank. `step` is the position: with the state_dicts it is all that a resume needs."""
+
+    recipe: recipes.Recipe
+    accelerator: Accelerator
+    dataset: data.Dataset
+    batches: data.Batches
+    network: nn.Module  # the network itself
+    model: nn.Module  # as Accelerate prepared it: under DDP where there are several ranks
+    optimizer: Optimizer  # torch's own, which LRDropout and the schedule hold on to
+    prepared_optimizer: AcceleratedOptimizer
+    schedule: Schedule
+    total_steps: int
+    identity: dict[str, Any]  # what decides about the numbers: ranks compare it at the start, resumes with the past
+    run_dir: RunDir | None = None  # on the main process
+    tracker: Tracker | None = None  # on the main process
+    step: int = 0
+    best: dict[str, Any] | None = None
+    latest: dict[str, float] = field(default_factory=dict)  # the latest evaluation
+
+    def report(self, state: str, **more: Any) -> None:
+        """Put `state` and how far the run is into the run directory, from the main process."""
+        if self.run_dir is not None:
+            best, ranks = (self.best or {}).get("accuracy"), self.accelerator.num_processes
+            self.run_dir.status(
+                state, step=self.step, total_steps=self.total_steps, best_accuracy=best, ranks=ranks, **more
+            )
+
+    def state(self) -> checkpoint.State:
+        """What `restore` needs, on the CPU."""
+        trainer = {
+            "step": self.step,
+            "epoch": self.step // self.batches.steps_per_epoch,
+            "samples": self.step * self.batches.batch_size,
+            "best": self.best,
+            "latest": self.latest,
+            "identity": self.identity,
+            "world_size": self.accelerator.num_processes,
+        }
+        weights = {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
+        optimizer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return checkpoint.State(weights, optimizer, trainer)
+
+    def restore(self, state: checkpoint.State, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: it belongs to another model, optimizer or recipe.
+        """
+        changed = _changes(state.trainer["identity"], self.identity)
+        if changed and not self.recipe.checkpoint.allow_changed:
+            lines = [f"{key}: the run in {path} had {was!r}, the recipe now says {now!r}" for key, was, now in changed]
+            raise UserError("\n".join([*lines, "checkpoint.allow_changed=true goes on all the same"]))
+        try:
+            self.network.load_state_dict(state.model)
+        except RuntimeError as error:
+            raise UserError(f"{path}: is of another model: {str(error).splitlines()[-1].strip()}") from None
+        self.step, self.best, self.latest = state.step, state.trainer["best"], state.trainer["latest"]
+        if changed:
+            self._adopt(state, path)
+            return
+        try:
+            self.optimizer.load_state_dict(state.optimizer["optimizer"])
+            self.schedule.load_state_dict(state.optimizer["schedule"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}: is of another optimizer: {error}") from None
+
+    def _adopt(self, state: checkpoint.State, path: Path) -> None:
+        """Go on under a changed recipe: momentum and update counts go on, lr and all settings are the new recipe's."""
+        was = state.optimizer["optimizer"]
+        now = self.optimizer.state_dict()
+        same = state.trainer["identity"].get("optimizer.name") == self.identity["optimizer.name"]
+        sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (was, now)]
+        if same and sizes[0] == sizes[1]:
+            for new_group, old_group in zip(now["param_groups"], was["param_groups"], strict=True):
+                new_group["mask_step"] = old_group.get("mask_step", self.step)
+            self.optimizer.load_state_dict({"state": was["state"], "param_groups": now["param_groups"]})
+        else:
+            console.say(f"{path}: the optimizer or its groups changed; its state begins anew")
+        self.schedule.replay(self.step, self.batches.steps_per_epoch)
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [
+        (key, was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+    ]
+
+
+def set_up(recipe: recipes.Recipe) -> Job:
+    """Build every part, agree with the other ranks, and go on from the newest good checkpoint in `run_dir`.
+
+    Nothing is written before all that can be wrong with recipe and data has been looked at on every rank.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    accelerator = distributed.start(recipe.trainer)
+    dataset = distributed.once_per_host(accelerator, lambda: data.load(recipe.data, recipe.seed))
+    job = distributed.together(lambda: _build(recipe, accelerator, dataset))
+    distributed.handshake({"lrd": __version__, "torch": torch.__version__, **job.identity})
+    path, state = distributed.on_main(lambda: _open_run_dir(job))
+    if state is not None:
+        distributed.together(lambda: job.restore(state, path))
+    job.model, job.prepared_optimizer = accelerator.prepare(job.network, job.optimizer)
+    if recipe.trainer.compile:
+        job.network.compile()
+    if job.run_dir is not None:
+        job.run_dir.write("recipe.yaml", recipe.dump())
+        job.tracker = Tracker(job.run_dir.path, job.step, recipe, job.network, job.optimizer)
+    return job
+
+
+def _build(recipe: recipes.Recipe, accelerator: Accelerator, dataset: data.Dataset) -> Job:
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    device = accelerator.device
+    if recipe.model.sync_batchnorm and device.type == "cpu":
+        raise UserError("model.sync_batchnorm: torch's SyncBatchNorm works on GPUs only")
+    if recipe.model.num_classes is not None and recipe.model.num_classes < len(dataset.classes):
+        raise UserError(
+            f"model.num_classes: is {recipe.model.num_classes}, but the data has {len(dataset.classes)} classes"
+        )
+    fingerprint = dataset.fingerprint()
+    dataset = dataset.to(device)
+    accumulation_steps = recipe.trainer.accumulation_steps
+    batches = data.Batches(dataset.train, recipe.data, recipe.seed, rank, world_size, accumulation_steps)
+    network = build_model(recipe.model, len(dataset.classes), recipe.seed).to(device)
+    if recipe.trainer.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(network, recipe)
+    planned = recipe.trainer.epochs * batches.steps_per_epoch
+    schedule = Schedule(optimizer, recipe.schedule, planned, batches.steps_per_epoch)
+    identity = {**recipe.mathematics(), "data.fingerprint": fingerprint}
+    if depends_on_length(recipe.schedule):
+        identity["trainer.epochs"] = recipe.trainer.epochs
+    return Job(
+        recipe, accelerator, dataset, batches, network, network, optimizer, AcceleratedOptimizer(optimizer), schedule,
+        total_steps=run_length(recipe, batches.steps_per_epoch), identity=identity,
+    )  # fmt: skip
+
+
+def _open_run_dir(job: Job) -> tuple[Path, checkpoint.State | None]:
+    """Take the run directory and read its newest good checkpoint. For rank 0 alone: what it read is what all get."""
+    job.run_dir = RunDir(Path(job.recipe.run_dir))
+    path, passed_over = checkpoint.newest(job.run_dir.path)
+    for line in passed_over:
+        console.say(line)
+    if path is None:
+        return job.run_dir.path, None
+    state = checkpoint.read(path)
+    console.say(f"{path}: going on after step {state.step}")
+    return path, state

@@ -1,0 +1,70 @@
+"""The run directory: one run at a time in it, and what that run is doing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from lrd.errors import UserError
+
+
+class RunDir:
+    """Holds the directory's lock while the run lives; `status.json` says how far it is. For one rank only.
+
+    Raises:
+        UserError: the directory cannot be written, or another process is at work in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._began = time.time()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run_dir: another run is at work in {path}; give this one another run_dir") from None
+
+    def write(self, name: str, text: str) -> None:
+        """Put a file in place whole."""
+        beside = self.path / f".{name}.tmp"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, self.path / name)
+        except OSError as error:
+            raise UserError(f"run_dir: {self.path / name} cannot be written: {error.strerror}") from None
+
+    def status(self, state: str, **more: Any) -> None:
+        """`state` is running, finished, stopped or failed."""
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._began, "updated": time.time()}
+        self.write("status.json", json.dumps({"state": state, **more, **where}, indent=1))
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """What the run in `path` last said of itself; one that said `running` and is no longer there is `interrupted`."""
+    try:
+        status: dict[str, Any] = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if status.get("state") == "running" and status.get("host") == socket.gethostname() and not _is_locked(path):
+        status["state"] = "interrupted"
+    return status
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

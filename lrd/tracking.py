@@ -1,0 +1,105 @@
+"""TensorBoard: tags, lr trajectories, going on after a resume.
+
+Tags, by step: `lr/<group>`, `lr_effective/<group>` (lr times the fraction really kept), `lr_dropout/kept/<group>`,
+`train/loss`, `train/grad_norm`, `train/images_per_second`, `probes/<parameter>[<index>]` (the lr of one single
+element: the group's or zero); by evaluation: `test/loss`, `test/accuracy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from lrd import recipe as recipes
+from lrd.dropout import attached
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One element of one parameter."""
+
+    tag: str
+    group: int  # number of the parameter group
+    index: int  # of the parameter in the optimizer
+    element: int  # of the flattened parameter
+
+
+class Tracker:
+    """Writes the event files of one run. For one rank only.
+
+    Args:
+        run_dir: where the event files lie; `tensorboard --logdir` on its parent shows all runs side by side.
+        step: steps done so far. Records of later steps, by a run that was interrupted, are purged.
+        recipe: written as text and as hyper-parameters.
+        network, optimizer: whose groups and elements are recorded.
+    """
+
+    def __init__(
+        self, run_dir: Path, step: int, recipe: recipes.Recipe, network: nn.Module, optimizer: Optimizer
+    ) -> None:
+        self.recipe = recipe
+        self.optimizer = optimizer
+        self.probes = choose_probes(network, optimizer, recipe.tracking.probes)
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
+        if step == 0:
+            self.writer.add_text("recipe", "    " + recipe.dump().replace("\n", "\n    "), 0)
+
+    def step(self, step: int, lrs: list[float], scalars: dict[str, float]) -> None:
+        """Record one step. `lrs` is what each group's lr was in it; `step` counts from 1."""
+        dropout = attached(self.optimizer)
+        kept = [1.0] * len(lrs) if dropout is None else dropout.kept_fractions()
+        for group, lr, fraction in zip(self.optimizer.param_groups, lrs, kept, strict=True):
+            self.writer.add_scalar(f"lr/{group['name']}", lr, step)
+            self.writer.add_scalar(f"lr_effective/{group['name']}", lr * fraction, step)
+            self.writer.add_scalar(f"lr_dropout/kept/{group['name']}", fraction, step)
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def probe(self, step: int, lrs: list[float]) -> None:
+        """Record the lr that single elements had in one step."""
+        dropout = attached(self.optimizer)
+        for probe in self.probes:
+            kept = dropout is None or dropout.keeps(probe.index, probe.element)
+            self.writer.add_scalar(probe.tag, lrs[probe.group] * kept, step)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            self.writer.add_scalar(f"test/{key}", value, step)
+
+    def finish(self, step: int, metrics: dict[str, float]) -> None:
+        """Hyper-parameters with the final metrics, for the HParams tab."""
+        flat = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in self.recipe.mathematics().items()}  # fmt: skip
+        named = {f"hparam/{key}": value for key, value in metrics.items()}
+        file_writer = self.writer._get_file_writer()
+        for summary in hparams(flat, named):
+            file_writer.add_summary(summary, step)
+        for key, value in named.items():
+            self.writer.add_scalar(key, value, step)
+
+    def flush(self) -> None:
+        """Hand everything to the file system: what a checkpoint says is done must be in the files."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def choose_probes(network: nn.Module, optimizer: Optimizer, count: int) -> list[Probe]:
+    """`count` single elements spread evenly over the optimizer's parameters."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    parameters = [(i, parameter) for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]]
+    probes = []
+    for i in range(min(count, len(parameters))):
+        index = (2 * i + 1) * len(parameters) // (2 * min(count, len(parameters)))
+        group, parameter = parameters[index]
+        element = parameter.numel() // 2
+        place = ",".join(str(at) for at in np.unravel_index(element, parameter.shape))
+        probes.append(Probe(f"probes/{names[id(parameter)]}[{place}]", group, index, element))
+    return probes
