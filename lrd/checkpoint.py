@@ -6,8 +6,8 @@
         trainer.json        position, best result, what was being computed, versions
         manifest.json       size and SHA-256 of each file; written last
 
-A checkpoint is written beside, flushed to disk and published by one rename: what a reader can see is complete. A flipped
-bit passes torch.load and safetensors without a word, so nothing is loaded whose hashes do not hold.
+A checkpoint is written beside, flushed to disk and published by one rename: what a reader can see is complete. A
+flipped bit passes torch.load and safetensors without a word, so nothing is loaded whose hashes do not hold.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def save(run_dir: Path, state: State) -> Path:
     beside = folder(run_dir) / f".{target.name}.{os.getpid()}.tmp"
     try:
         beside.mkdir(parents=True)
-        safetensors.torch.save_file({key: value.contiguous() for key, value in state.model.items()}, beside / _FILES[0])
+        weights = {key: value.contiguous() for key, value in state.model.items()}
+        # save_file would make a file that its owner alone can read
+        (beside / _FILES[0]).write_bytes(safetensors.torch.save(weights))
         torch.save(state.optimizer, beside / _FILES[1])
         trainer = {"format": FORMAT, **state.trainer, "versions": versions()}
         (beside / _FILES[2]).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
@@ -133,7 +135,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Those are moved aside to `*.damaged`; remains of interrupted writes are removed.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for left in folder(run_dir).glob(".step-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     for step in reversed(steps(run_dir)):
@@ -155,10 +157,16 @@ def read(path: Path) -> State:
         return State(
             safetensors.torch.load_file(path / _FILES[0]),
             torch.load(path / _FILES[1], map_location="cpu", weights_only=True),
-            json.loads((path / _FILES[2]).read_text(encoding="utf-8")),
+            read_trainer(path),
         )
     except Exception as error:  # torch.load raises whatever the pickle machinery does
         raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """A checkpoint's `trainer.json`."""
+    values: dict[str, Any] = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    return values
 
 
 def versions() -> dict[str, str]:

@@ -65,8 +65,8 @@ class Meter:
         self._start = start
         if is_main_process() and stdout.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(), console=stdout,
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=stdout,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=total, completed=start, figures="")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lrd import philox
 from lrd import recipe as recipes
 from lrd.errors import UserError
-from lrd.images import read_folder
+from lrd.images import list_folder, read_folder
 from lrd.philox import Domain
 from lrd.vision import torchvision
 
@@ -76,6 +76,17 @@ def load(section: recipes.Data, seed: int) -> Dataset:
     if size is None or size == dataset.train.pixels.shape[-1]:
         return dataset
     return Dataset(_resized(dataset.train, size), _resized(dataset.test, size), dataset.classes)
+
+
+def count_training_images(section: recipes.Data) -> int:
+    """How many training images a recipe's data set has, without reading them.
+
+    Raises:
+        UserError: an image folder that is not there.
+    """
+    if section.dataset == "imagefolder":
+        return len(list_folder(Path(section.root) / "train")[0])
+    return {"digits": 1437, "synthetic": section.num_samples}.get(section.dataset, 50_000)
 
 
 def _digits() -> Dataset:
@@ -168,8 +179,8 @@ class Batches:
             below = section.batch_size // pieces * pieces
             may = f"{below} or {below + pieces}" if below else f"{pieces}"
             raise UserError(
-                f"data.batch_size: is {section.batch_size}, which {world_size} rank(s) x {accumulation_steps} accumulation "
-                f"step(s) cannot share evenly; may be {may}"
+                f"data.batch_size: is {section.batch_size}, which {world_size} rank(s) x {accumulation_steps} "
+                f"accumulation step(s) cannot share evenly; may be {may}"
             )
         if section.batch_size > len(images):
             raise UserError(

@@ -111,12 +111,10 @@ class LRDropout:
         moved = next((moved for moved in self._latest if moved.position["index"] == index), None)
         if moved is None:
             return False
-        if not moved.shape:
-            return bool(mask.draw(1, **moved.position))
-        place = [
-            min(i, size - 1) for i, size in zip(np.unravel_index(element, moved.shape), moved.draw_shape, strict=True)
-        ]
-        return bool(mask.draw(1, offset=int(np.ravel_multi_index(place, moved.draw_shape)), **moved.position))
+        place = np.unravel_index(element, moved.shape) if moved.shape else ()
+        shared = tuple(0 if size == 1 else int(i) for i, size in zip(place, moved.draw_shape, strict=True))
+        draw = int(np.ravel_multi_index(shared, moved.draw_shape)) if shared else 0
+        return bool(mask.draw(1, offset=draw, **moved.position))
 
     def _fill_groups(self, *_: Any) -> None:
         """Give every group its entries: new groups, and those loaded from a stock optimizer's state_dict."""

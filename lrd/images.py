@@ -36,6 +36,21 @@ def read_folder(folder: Path, size: int | None, skip_corrupt: bool) -> tuple[Ten
     Raises:
         UserError: the folder is missing or has no image; a file cannot be decoded.
     """
+    files, classes = list_folder(folder)
+    cache = _cache_path(folder, files, size, skip_corrupt)
+    cached = _read_cache(cache)
+    if cached is None:
+        cached = _decode_all(folder, files, size or _own_size(files[0][0]), skip_corrupt)
+        _write_cache(cache, cached)
+    return cached["pixels"], cached["labels"], classes
+
+
+def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Each image file in `folder/<class>/` with its label, and the class names; in the order of names.
+
+    Raises:
+        UserError: the folder is missing, or a class in it has no image.
+    """
     if not folder.is_dir():
         raise UserError(
             f"data.root: {folder} is not a folder; imagefolder needs train/<class>/* and test/<class>/* there"
@@ -49,12 +64,7 @@ def read_folder(folder: Path, size: int | None, skip_corrupt: bool) -> tuple[Ten
     for label, name in enumerate(classes):
         if not any(label == own for _, own in files):
             raise UserError(f"data.root: no image in {folder / name}")
-    cache = _cache_path(folder, files, size, skip_corrupt)
-    cached = _read_cache(cache)
-    if cached is None:
-        cached = _decode_all(folder, files, size or _own_size(files[0][0]), skip_corrupt)
-        _write_cache(cache, cached)
-    return cached["pixels"], cached["labels"], classes
+    return files, classes
 
 
 def _image_files(folder: Path) -> Iterable[Path]:
@@ -87,7 +97,7 @@ def _decode(path: Path, size: int) -> NDArray[np.uint8] | Exception:
 
 def _decode_all(folder: Path, files: list[tuple[Path, int]], size: int, skip_corrupt: bool) -> dict[str, Tensor]:
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
-    labels = []
+    labels: list[int] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         decoded = pool.map(lambda entry: _decode(entry[0], size), files)
         for (path, label), image in console.progress(

@@ -6,6 +6,8 @@ classes, the last layer, whose shapes differ).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,11 +39,10 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        channels = width
-        for i, depth in enumerate(depths):
-            planes = width << i
-            stage, channels = _stage(block, channels, planes, depth, stride=1 if i == 0 else 2)
-            self.add_module(f"layer{i + 1}", stage)
+        self.layer1, channels = _stage(block, width, width, depths[0], stride=1)
+        self.layer2, channels = _stage(block, channels, 2 * width, depths[1], stride=2)
+        self.layer3, channels = _stage(block, channels, 4 * width, depths[2], stride=2)
+        self.layer4, channels = _stage(block, channels, 8 * width, depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -55,9 +56,8 @@ class ResNet(nn.Module):
         return logits
 
 
-def _stage(block: type[nn.Module], channels: int, planes: int, depth: int, stride: int) -> tuple[nn.Sequential, int]:
-    expansion: int = block.expansion  # type: ignore[assignment]
-    out = planes * expansion
+def _stage(block: Any, channels: int, planes: int, depth: int, stride: int) -> tuple[nn.Sequential, int]:
+    out = planes * block.expansion
     shortcut = None
     if stride != 1 or channels != out:
         shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
@@ -70,4 +70,6 @@ def build_model(section: recipes.Model, num_classes: int, seed: int) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = ResNet(section.arch, section.num_classes or num_classes, section.width)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if section.sync_batchnorm else model
+    if section.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return model

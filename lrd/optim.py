@@ -19,8 +19,8 @@ NAMES = (
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD",
 )  # fmt: skip
 REFUSED = {
-    "LBFGS": "one step of LBFGS evaluates the loss several times and searches along a line; the training loop takes one "
-    "gradient a step, and a masked line search has no meaning",
+    "LBFGS": "one step of it evaluates the loss several times along a line; the training loop takes one gradient a step, "
+    "and a masked line search has no meaning",
     "SparseAdam": "it takes sparse gradients only, and every gradient of a ResNet is dense",
 }
 
@@ -87,10 +87,11 @@ def _groups(model: nn.Module, section: recipes.Optimizer, cls: type[Any]) -> lis
         groups.append({"name": group.name or f"group{i + 1}", "params": [], **own})
     for name, parameter in model.named_parameters():
         matching = (
-            i for i, group in enumerate(section.groups) if any(fnmatch.fnmatchcase(name, p) for p in group.patterns)
+            own
+            for own, group in zip(groups, section.groups, strict=True)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.patterns)
         )
-        i = next(matching, None)
-        (rest if i is None else groups[i])["params"].append(parameter)
+        next(matching, rest)["params"].append(parameter)
     for i, group in enumerate(section.groups):
         if not groups[i]["params"]:
             raise UserError(f"optimizer.groups.{i}.match: {group.match!r} matches no parameter that is not taken yet")

@@ -77,8 +77,8 @@ class Tracker:
         flat = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
                 for key, value in self.recipe.mathematics().items()}  # fmt: skip
         named = {f"hparam/{key}": value for key, value in metrics.items()}
-        file_writer = self.writer._get_file_writer()
-        for summary in hparams(flat, named):
+        file_writer = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
+        for summary in hparams(flat, named):  # type: ignore[no-untyped-call]
             file_writer.add_summary(summary, step)
         for key, value in named.items():
             self.writer.add_scalar(key, value, step)

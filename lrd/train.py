@@ -68,7 +68,8 @@ def clip(job: Job) -> Tensor | None:
     """Clip the gradient's norm. Returns the norm before, in steps that want it."""
     max_norm = job.recipe.trainer.clip_norm
     if max_norm is not None:
-        return job.accelerator.clip_grad_norm_(job.network.parameters(), max_norm)
+        norm: Tensor = job.accelerator.clip_grad_norm_(job.network.parameters(), max_norm)
+        return norm
     if is_tracked(job):
         return nn.utils.get_total_norm([p.grad for p in job.network.parameters() if p.grad is not None])
     return None
@@ -79,7 +80,7 @@ def is_tracked(job: Job) -> bool:
 
 
 def is_boundary(job: Job) -> bool:
-    """Whether the ranks look at losses and signals in this step: not in each on a GPU, for it is a CPU-GPU sync point."""
+    """Whether the ranks look at losses and signals in this step: a CPU-GPU sync point, so not in each on a GPU."""
     step, every = job.step + 1, job.recipe.checkpoint.every_steps
     ends_here = step % job.batches.steps_per_epoch == 0 or step == job.total_steps
     return job.accelerator.device.type == "cpu" or ends_here or is_tracked(job) or bool(every and step % every == 0)

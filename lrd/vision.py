@@ -18,9 +18,11 @@ except RuntimeError as error:
         raise
     for _name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[_name]
-    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # kept: its end would take the names away again
+    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # kept: with it go the names
     for _name in ("nms", "qnms"):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _OPERATORS.define(  # type: ignore[no-untyped-call]
+            f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     import torchvision
 
 __all__ = ["torchvision"]
