@@ -19,8 +19,8 @@ NAMES = (
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD",
 )  # fmt: skip
 REFUSED = {
-    "LBFGS": "one step of it evaluates the loss several times along a line; the training loop takes one gradient a step, "
-    "and a masked line search has no meaning",
+    "LBFGS": "one step of it evaluates the loss several times along a line; the training loop takes one gradient a "
+    "step, and a masked line search has no meaning",
     "SparseAdam": "it takes sparse gradients only, and every gradient of a ResNet is dense",
 }
 

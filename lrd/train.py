@@ -7,7 +7,6 @@ import sys
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrd import checkpoint, console, distributed
@@ -20,32 +19,33 @@ from lrd.progress import Progress
 
 def train(job: Job) -> int:
     """The loop. Returns the exit status."""
-    stop_signal = 0
-    with distributed.StopSignals() as signals, Progress(job) as progress:
-        while job.step < job.total_steps and not stop_signal:
-            loss = forward_backward(job)
-            grad_norm = clip(job)
-            if is_boundary(job):
-                losses, stop_signal = distributed.exchange(loss, signals.received)
-                refuse_non_finite(losses, job.step + 1)
-                progress.loss = sum(losses) / len(losses)
-            lrs = [float(group["lr"]) for group in job.optimizer.param_groups]
-            job.prepared_optimizer.step()  # the mask decides which elements move
-            job.prepared_optimizer.zero_grad()
-            job.schedule.step()
-            job.step += 1
-            progress.step(lrs, grad_norm)
+    with distributed.StopSignals() as signals:
+        stop_signal = 0
+        with Progress(job) as progress:
+            while job.step < job.total_steps and not stop_signal:
+                loss = forward_backward(job)
+                grad_norm = clip(job)
+                if is_boundary(job):
+                    losses, stop_signal = distributed.exchange(loss, signals.received)
+                    refuse_non_finite(losses, job.step + 1)
+                    progress.loss = sum(losses) / len(losses)
+                lrs = [float(group["lr"]) for group in job.optimizer.param_groups]
+                job.prepared_optimizer.step()  # the mask decides which elements move
+                job.prepared_optimizer.zero_grad()
+                job.schedule.step()
+                job.step += 1
+                progress.step(lrs, grad_norm)
 
-            with progress.pause():
-                epoch_ends, run_ends = job.step % job.batches.steps_per_epoch == 0, job.step == job.total_steps
-                if epoch_ends:
-                    job.schedule.end_epoch()
-                is_new_best = run_evaluation(job) if is_evaluation_due(job) else False
-                if is_fingerprint_due(job):
-                    distributed.compare_replicas(job.network, job.optimizer, job.step)
-                if run_ends or stop_signal or is_checkpoint_due(job, epoch_ends, is_new_best):
-                    save_checkpoint(job)
-    return finish(job, progress, stop_signal)
+                with progress.pause():
+                    epoch_ends, run_ends = job.step % job.batches.steps_per_epoch == 0, job.step == job.total_steps
+                    if epoch_ends:
+                        job.schedule.end_epoch()
+                    is_new_best = run_evaluation(job) if is_evaluation_due(job) else False
+                    if is_fingerprint_due(job):
+                        distributed.compare_replicas(job.network, job.optimizer, job.step)
+                    if run_ends or stop_signal or is_checkpoint_due(job, epoch_ends, is_new_best):
+                        save_checkpoint(job)
+        return finish(job, progress, stop_signal)
 
 
 def forward_backward(job: Job) -> Tensor:
@@ -168,9 +168,6 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             for line in str(error).splitlines():
                 console.complain(f"lrd: {line}")
         return error.status
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0].startswith("-"):
         console.complain("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
         sys.exit(UserError.status)
-    sys.exit(run(arguments[0], arguments[1:]))
+    distributed.leave(run(arguments[0], arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,296 @@
+"""The `lrd` command: exit status, one clear line on standard error, and what is left in the run directory."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from lrd import checkpoint, console
+from lrd.cli import app
+
+RECIPE = """
+data: {dataset: digits, batch_size: 64}
+model: {arch: resnet18, width: 4}
+optimizer: {lr: 0.05, momentum: 0.9}
+lr_dropout: {keep_prob: 0.5}
+trainer: {epochs: 2, max_steps: 3, device: cpu}
+"""
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.collect()  # a run holds the lock of its directory while any part of it lives
+    return result
+
+
+def complaints(result: Result) -> list[str]:
+    """What an ending that is not a crash said on standard error."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("lrd: ") for line in lines)
+    return lines
+
+
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def optimizer_state(run_dir: Path, step: int) -> dict:
+    path = checkpoint.folder(run_dir) / checkpoint.name(step) / "optimizer.pt"
+    return torch.load(path, weights_only=True)["optimizer"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setattr(console, "stdout", Console(width=200))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Result, Path]:
+    """Three steps of a narrow network with a checkpoint at each; of those the last two are kept."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "small.yaml").write_text(RECIPE)
+    every = ["checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_best=false"]
+    return invoke("train", folder / "small.yaml", f"run_dir={folder / 'run'}", *every), folder / "run"
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path) -> Path:
+    """A copy of that run, for one test to go on with or to spoil."""
+    return shutil.copytree(trained[1], tmp_path / "run")
+
+
+def test_training_ends_well_and_leaves_a_whole_run(trained):
+    result, run_dir = trained
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert status(run_dir)["state"] == "finished"
+    assert status(run_dir)["step"] == status(run_dir)["total_steps"] == 3
+    assert 0 <= status(run_dir)["best_accuracy"] <= 1
+    assert checkpoint.steps(run_dir) == [2, 3]
+    assert all(checkpoint.damage(path) is None for path in checkpoint.folder(run_dir).iterdir())
+    assert list(run_dir.glob("events.out.tfevents.*"))
+    resolved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    assert resolved["model"]["width"] == 4
+    assert resolved["checkpoint"]["every_steps"] == 1
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(run_dir, recipe):
+    before = (checkpoint.folder(run_dir) / checkpoint.name(3) / "manifest.json").read_bytes()
+    result = invoke("train", recipe, f"run_dir={run_dir}")
+    assert result.exit_code == 0, result.output
+    assert "3 in all, 0 by this start" in result.stdout
+    assert status(run_dir)["state"] == "finished"
+    assert checkpoint.steps(run_dir) == [2, 3]
+    assert (checkpoint.folder(run_dir) / checkpoint.name(3) / "manifest.json").read_bytes() == before
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(run_dir, recipe):
+    result = invoke("train", recipe, f"run_dir={run_dir}", "trainer.max_steps=5")
+    assert result.exit_code == 0, result.output
+    assert "5 in all, 2 by this start" in result.stdout
+    assert {group["mask_step"] for group in optimizer_state(run_dir, 5)["param_groups"]} == {5}
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_its_steps_are_done_again(run_dir, recipe):
+    newest = checkpoint.folder(run_dir) / checkpoint.name(3)
+    weights = (newest / "model.safetensors").read_bytes()
+    flip_a_bit(newest / "model.safetensors")
+    result = invoke("train", recipe, f"run_dir={run_dir}")
+    assert result.exit_code == 0, result.output
+    assert f"{newest}: damaged: model.safetensors" in result.stdout
+    assert "3 in all, 1 by this start" in result.stdout
+    assert (newest / "model.safetensors").read_bytes() == weights
+
+
+def test_runs_shows_what_each_run_is_about(run_dir):
+    result = invoke("runs", run_dir.parent)
+    assert result.exit_code == 0
+    (row,) = [line for line in result.stdout.splitlines() if "resnet18" in line]
+    for part in ("digits", "SGD lr 0.05", "keep_prob 0.5", "3/3", "finished"):
+        assert part in row
+
+
+def test_runs_tells_an_interrupted_run_from_a_finished_one(run_dir):
+    (run_dir / "status.json").write_text(json.dumps({**status(run_dir), "state": "running"}))
+    assert "interrupted" in invoke("runs", run_dir.parent).stdout
+
+
+@pytest.mark.parametrize("flag", [[], ["--verify"]])
+def test_checkpoints_that_are_whole_give_status_0(run_dir, flag):
+    result = invoke("checkpoints", run_dir, *flag)
+    assert result.exit_code == 0
+    assert all(checkpoint.name(step) in result.stdout for step in (2, 3))
+    assert ("whole" in result.stdout) == bool(flag)
+    assert "damaged" not in result.stdout
+
+
+def test_checkpoints_verify_finds_one_flipped_bit(run_dir):
+    flip_a_bit(checkpoint.folder(run_dir) / checkpoint.name(2) / "optimizer.pt")
+    result = invoke("checkpoints", run_dir, "--verify")
+    assert result.exit_code == 1
+    rows = {step: line for line in result.stdout.splitlines() for step in (2, 3) if checkpoint.name(step) in line}
+    assert "damaged: optimizer.pt" in rows[2]
+    assert "whole" in rows[3]
+    assert checkpoint.steps(run_dir) == [2, 3]
+
+
+@pytest.mark.parametrize("command", ["runs", "checkpoints"])
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_where_there_is_no_run_it_says_so(tmp_path, command, name):
+    (tmp_path / "empty").mkdir()
+    result = invoke(command, tmp_path / name)
+    (line,) = complaints(result)
+    assert result.exit_code == 2
+    assert str(tmp_path / name) in line
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate"),
+        ("optimizer.name=AdamX", "optimizer.name"),
+        ("optimizer.momentum=-1", "optimizer.momentum"),
+        ("schedule.name=OneCycleLR", "schedule.name"),
+        ("schedule.gamma=0.5", "schedule.gamma"),
+        ("data.batch_size=5000", "data.batch_size"),
+        ("trainer.accumulation_steps=7", "data.batch_size"),
+        ("data={dataset: imagefolder, root: nowhere}", "data.root"),
+        ("model.num_classes=3", "model.num_classes"),
+        ("model.sync_batchnorm=true", "model.sync_batchnorm"),
+        ("model.depth=3", "model.depth"),
+        ("optimizer.groups=[{match: nothing.*}]", "optimizer.groups.0.match"),
+        ("lr_dropout.keep_prob=0", "lr_dropout.keep_prob"),
+        pytest.param(
+            "trainer.device=cuda",
+            "trainer.device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, recipe, override, key):
+    result = invoke("train", recipe, f"run_dir={tmp_path / 'run'}", override)
+    (line,) = complaints(result)
+    assert result.exit_code == 2
+    assert key in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_recipe_ends_the_process_with_status_2_and_no_trace_back(tmp_path):
+    (tmp_path / "bad.yaml").write_text("optimizer: {lr: fast}\nmodel: {widht: 4}")
+    command = [sys.executable, "-c", "from lrd.cli import main; main()", "train", "bad.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("lrd: bad.yaml: optimizer.lr: ") or second.startswith("lrd: bad.yaml: optimizer.lr: ")
+    assert "did you mean width?" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "was", "now"),
+    [
+        ("model.width=8", "model.width", "4", "8"),
+        ("optimizer.lr=0.02", "optimizer.lr", "0.05", "0.02"),
+        ("lr_dropout.keep_prob=0.25", "lr_dropout.keep_prob", "0.5", "0.25"),
+        ("seed=1", "seed", "0", "1"),
+    ],
+)
+def test_a_run_of_another_recipe_is_not_gone_on_with(run_dir, recipe, override, key, was, now):
+    before = sorted(path.name for path in run_dir.rglob("*"))
+    result = invoke("train", recipe, f"run_dir={run_dir}", "trainer.max_steps=5", override)
+    lines = complaints(result)
+    assert result.exit_code == 2
+    (line,) = [line for line in lines if line.startswith(f"lrd: {key}: ")]
+    assert was in line
+    assert now in line
+    assert "checkpoint.allow_changed" in lines[-1]
+    assert checkpoint.newest(run_dir)[0].name == checkpoint.name(3)
+    assert sorted(path.name for path in run_dir.rglob("*")) == before
+
+
+def test_allow_changed_goes_on_with_the_new_lr(run_dir, recipe):
+    was = optimizer_state(run_dir, 3)
+    result = invoke(
+        "train", recipe, f"run_dir={run_dir}", "trainer.max_steps=4", "optimizer.lr=0", "checkpoint.allow_changed=true"
+    )
+    assert result.exit_code == 0, result.output
+    assert "4 in all, 1 by this start" in result.stdout
+    now = optimizer_state(run_dir, 4)
+    assert [group["lr"] for group in was["param_groups"]] == [0.05]
+    assert [group["lr"] for group in now["param_groups"]] == [0]
+    assert now["param_groups"][0]["mask_step"] == 3
+    assert not torch.equal(now["state"][0]["momentum_buffer"], was["state"][0]["momentum_buffer"])
+    names = [checkpoint.folder(run_dir) / checkpoint.name(step) for step in (3, 4)]
+    weights = [checkpoint.read(path).model["conv1.weight"] for path in names]
+    assert torch.equal(*weights)
+
+
+def test_allow_changed_carries_the_momentum_on(run_dir, recipe):
+    changed = ["optimizer.lr=0.02", "checkpoint.allow_changed=true", "trainer.max_steps=4"]
+    assert invoke("train", recipe, f"run_dir={run_dir}", *changed).exit_code == 0
+    was, now = (optimizer_state(run_dir, step) for step in (3, 4))
+    assert (now["param_groups"][0]["lr"], now["param_groups"][0]["mask_step"]) == (0.02, 4)
+    buffers = [state["state"][0]["momentum_buffer"].flatten() for state in (was, now)]
+    assert torch.cosine_similarity(*buffers, dim=0) > 0.5
+
+
+def test_allow_changed_does_not_make_another_model_fit(run_dir, recipe):
+    result = invoke("train", recipe, f"run_dir={run_dir}", "model.width=8", "checkpoint.allow_changed=true")
+    (line,) = complaints(result)
+    assert result.exit_code == 2
+    assert checkpoint.name(3) in line
+    assert "another model" in line
+    assert checkpoint.newest(run_dir)[0].name == checkpoint.name(3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tmp_path, recipe):
+    run_dir = tmp_path / "run"
+    result = invoke("train", recipe, f"run_dir={run_dir}", "optimizer.lr=1e30", "checkpoint.every_steps=1")
+    (line,) = complaints(result)
+    assert result.exit_code == 1
+    assert "step 2" in line
+    assert "rank 0" in line
+    assert checkpoint.steps(run_dir) == [1]
+    assert checkpoint.damage(checkpoint.newest(run_dir)[0]) is None
+    assert status(run_dir)["state"] == "failed"
+    assert status(run_dir)["step"] == 1
+    assert "not finite" in invoke("runs", tmp_path).stdout
+
+
+def test_a_folder_of_images_is_trained_on(tmp_path, recipe):
+    for part, count in (("train", 6), ("test", 2)):
+        for name, colour in (("dark", 40), ("light", 200)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (10, 10), (colour + i, colour, colour)).save(tmp_path / part / name / f"{i}.png")
+    of_folder = f"data={{dataset: imagefolder, root: {tmp_path}, batch_size: 4, image_size: 8, augment: crop_flip}}"
+    result = invoke("train", recipe, f"run_dir={tmp_path / 'run'}", of_folder)
+    assert result.exit_code == 0, result.output
+    assert status(tmp_path / "run")["step"] == 3
+    assert checkpoint.read(checkpoint.newest(tmp_path / "run")[0]).model["fc.weight"].shape[0] == 2

@@ -1,0 +1,61 @@
+"""`accelerate launch` on two CPU ranks: replicas stay equal, and the check that says so can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import RECIPE, ROOT, SMALL, command, launch, train_command
+
+
+def replicas(tmp_path: Path, mask_seed_of_rank_1: str, *overrides: str) -> list[dict[str, object]]:
+    target = [str(ROOT / "tests" / "replicas.py"), str(tmp_path), mask_seed_of_rank_1, RECIPE]
+    done = launch(command(2, [*target, f"run_dir={tmp_path / 'run'}", *SMALL, *overrides]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_ranks_see_different_samples_and_end_with_equal_weights(tmp_path: Path) -> None:
+    first, second = replicas(tmp_path, "same", "trainer.max_steps=20", "trainer.accumulation_steps=2")
+    assert first["step"] == second["step"] == 20
+    assert first["weights"] == second["weights"]
+    assert first["latest"] == second["latest"]
+    assert len(first["seen"]) == len(second["seen"]) == 20 * 64 // 2
+    assert not set(first["seen"]) & set(second["seen"])
+
+
+def test_another_mask_seed_on_one_rank_makes_the_replicas_drift_apart(tmp_path: Path) -> None:
+    first, second = replicas(tmp_path, "1", "trainer.max_steps=3", "trainer.fingerprint_every=0")
+    assert first["message"] == second["message"] == ""
+    assert first["weights"] != second["weights"]
+
+
+def test_replicas_that_differ_stop_the_run_with_rank_and_parameter_named(tmp_path: Path) -> None:
+    for facts in replicas(tmp_path, "1", "trainer.max_steps=3"):
+        assert facts["step"] == 1
+        assert facts["message"].startswith("step 1: the replicas differ, first in conv1.weight: rank 1 on ")
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "config", "line"),
+    [
+        (
+            "data.batch_size=63",
+            "cpu.yaml",
+            "lrd: data.batch_size: is 63, which 2 rank(s) x 1 accumulation step(s)",
+        ),
+        ("optimizer.betas=[0.9, 0.99]", "cpu.yaml", "lrd: optimizer.betas: SGD has no such argument"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_under_the_launcher(
+    tmp_path: Path, override: str, config: str, line: str
+) -> None:
+    done = launch(train_command(2, tmp_path / "run", override))
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert output.count(line) == 1
+    assert "exitcode  : 2" in output  # what the launcher says of a rank; its own status is always 1
+    assert "lrd/train.py" not in output
+    assert not (tmp_path / "run").exists()

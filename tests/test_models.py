@@ -1,0 +1,115 @@
+"""ResNets: torchvision's names and shapes behind another stem, weights from a seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrd import models, recipe
+from lrd.vision import torchvision
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def build(seed: int = 0, num_classes: int = 10, **section) -> nn.Module:
+    return models.build_model(recipe.Model(**{"arch": "resnet18", "width": 4, **section}), num_classes, seed)
+
+
+def test_resnet34_has_21282122_parameters():
+    with torch.device("meta"):
+        model = models.ResNet("resnet34", num_classes=10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 21_282_122
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_names_and_shapes_are_torchvisions_but_for_the_stem_and_the_last_layer(arch):
+    with torch.device("meta"):
+        ours, theirs = shapes(models.ResNet(arch, num_classes=10)), shapes(getattr(torchvision.models, arch)())
+    assert list(ours) == list(theirs)
+    differing = {name for name, shape in ours.items() if theirs[name] != shape}
+    assert differing == {"conv1.weight", "fc.weight", "fc.bias"}
+    assert ours["conv1.weight"] == (64, 3, 3, 3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_behind_the_stem_it_computes_what_torchvisions_network_computes(arch):
+    torch.manual_seed(0)
+    ours, theirs = models.ResNet(arch, num_classes=10, width=64).eval(), getattr(torchvision.models, arch)().eval()
+    theirs.conv1, theirs.maxpool, theirs.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), ours.fc
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_a_narrow_network_has_the_same_names_and_fewer_channels(arch):
+    with torch.device("meta"):
+        narrow, wide = shapes(models.ResNet(arch, width=4)), shapes(models.ResNet(arch, width=64))
+    assert list(narrow) == list(wide)
+    for name, shape in narrow.items():
+        channels = tuple(16 * size if size >= 4 else size for size in shape)
+        if name not in ("fc.weight", "fc.bias"):
+            assert channels == wide[name], name
+    assert (narrow["fc.weight"][0], 16 * narrow["fc.weight"][1]) == wide["fc.weight"]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_images_of_any_size_give_one_row_of_logits_each(arch, size):
+    model = build(arch=arch, num_classes=7)
+    logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_recipes_num_classes_goes_before_the_data_sets():
+    assert build(num_classes=10).fc.out_features == 10
+    section = recipe.Model(arch="resnet18", width=4, num_classes=3)
+    assert models.build_model(section, 10, seed=0).fc.out_features == 3
+
+
+def weights(seed: int) -> list[Tensor]:
+    return list(build(seed=seed).state_dict().values())
+
+
+def test_the_weights_are_a_function_of_the_seed_alone():
+    torch.manual_seed(1)
+    first = weights(seed=5)
+    torch.manual_seed(2)
+    again = weights(seed=5)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("layer", ["conv1", "fc"])
+def test_another_seed_gives_other_weights(layer):
+    one, other = (build(seed=seed).get_submodule(layer).weight for seed in (5, 6))
+    assert not torch.equal(one, other)
+
+
+def test_building_a_model_does_not_disturb_the_global_generator():
+    state = torch.get_rng_state()
+    build(seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_building_a_model_does_not_disturb_the_generator_of_a_cuda_device():
+    torch.cuda.manual_seed(1)
+    state = torch.cuda.get_rng_state()
+    build(seed=5)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_sync_batchnorm_replaces_every_batchnorm_and_no_weight(synchronized):
+    model = build(sync_batchnorm=synchronized)
+    kinds = {type(module) for name, module in model.named_modules() if "bn" in name or "downsample.1" in name}
+    assert kinds == {nn.SyncBatchNorm if synchronized else nn.BatchNorm2d}
+    plain = build()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,111 @@
+"""A run that is killed and started again equals the run that was not."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launching import final_state, launch, scalars, signal_all, start, train_command, wait_for
+
+from lrd import checkpoint
+from lrd.errors import EXIT_STOPPED
+
+STEPS = ["trainer.epochs=2", "checkpoint.every_steps=5", "data.augment=crop"]  # 22 steps an epoch: 10 is in the middle
+SPEED = "train/images_per_second"
+
+
+def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
+    weights, optimizer, newest = final_state(run_dir)
+    expected_weights, expected_optimizer, expected_newest = final_state(undisturbed)
+    assert newest.name == expected_newest.name == "step-00000044"
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    assert_equal(optimizer, expected_optimizer)
+    records, expected = scalars(run_dir), scalars(undisturbed)
+    assert records.keys() == expected.keys()
+    for tag in records.keys() - {SPEED}:
+        assert records[tag] == expected[tag], tag
+    assert [step for step, _ in records[SPEED]] == [step for step, _ in expected[SPEED]] == list(range(1, 45))
+
+
+def assert_equal(left: object, right: object) -> None:
+    """Nested state_dicts, tensors bit for bit."""
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, list):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_equal(one, other)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+def kill_after(run_dir: Path, ranks: int, step: int, number: int, *overrides: str) -> tuple[int, str]:
+    """Start, and send a signal to the launcher and its ranks once the checkpoint of `step` is there."""
+    process = start(train_command(ranks, run_dir, *STEPS, *overrides))
+    wait_for(lambda: step in checkpoint.steps(run_dir), process)
+    signal_all(process, number)
+    output = process.communicate(timeout=60)[0]
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    runs = {}
+    for ranks in (1, 2):
+        runs[ranks] = tmp_path_factory.mktemp("undisturbed") / "run"
+        done = launch(train_command(ranks, runs[ranks], *STEPS))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return runs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_in_the_middle_of_an_epoch_and_started_again(
+    tmp_path: Path, undisturbed: dict[int, Path], ranks: int
+) -> None:
+    kill_after(tmp_path / "run", ranks, 10, signal.SIGKILL)
+    kept = max(checkpoint.steps(tmp_path / "run"))
+    assert 10 <= kept < 44
+    done = launch(train_command(ranks, tmp_path / "run", *STEPS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after step {kept}" in done.stdout
+    assert_same_end(tmp_path / "run", undisturbed[ranks])
+
+
+def test_sigterm_saves_at_the_next_step_and_leaves_with_its_status(
+    tmp_path: Path, undisturbed: dict[int, Path]
+) -> None:
+    status, output = kill_after(tmp_path / "run", 1, 5, signal.SIGTERM)
+    assert status == EXIT_STOPPED, output
+    stopped = max(checkpoint.steps(tmp_path / "run"))
+    assert f"stopped by signal 15 after step {stopped}, saved" in output
+    assert launch(train_command(1, tmp_path / "run", *STEPS)).returncode == 0
+    assert_same_end(tmp_path / "run", undisturbed[1])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    kill_after(tmp_path / "run", 1, 10, signal.SIGKILL)
+    newest = max(checkpoint.steps(tmp_path / "run"))
+    weights = checkpoint.folder(tmp_path / "run") / checkpoint.name(newest) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    done = launch(train_command(1, tmp_path / "run", *STEPS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "damaged: model.safetensors: sha256" in done.stdout
+    assert_same_end(tmp_path / "run", undisturbed[1])
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    assert launch(train_command(2, tmp_path / "run", *STEPS, "trainer.max_steps=12")).returncode == 0
+    done = launch(train_command(1, tmp_path / "run", *STEPS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step 12" in done.stdout
+    assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == list(range(1, 45))

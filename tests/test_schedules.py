@@ -1,0 +1,414 @@
+"""A recipe's schedule is torch's own, times a warm-up, wherever it is begun."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+from lrd import recipe, schedules
+from lrd.errors import UserError
+from lrd.schedules import Schedule
+
+EPOCHS, STEPS_PER_EPOCH = 5, 4
+TOTAL = EPOCHS * STEPS_PER_EPOCH
+LRS = (0.8, 0.3)
+
+# The section of the recipe; torch's own scheduler, given the optimizer and the number of positions of the whole run.
+SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Optimizer, int], Any]]] = {
+    "StepLR": ({"step_size": 3, "gamma": 0.5}, lambda o, total: lr_scheduler.StepLR(o, 3, 0.5)),
+    "MultiStepLR": ({"milestones": [2, 4, 13]}, lambda o, total: lr_scheduler.MultiStepLR(o, [2, 4, 13])),
+    "ExponentialLR": ({"gamma": 0.9}, lambda o, total: lr_scheduler.ExponentialLR(o, 0.9)),
+    "CosineAnnealingLR": ({}, lambda o, total: lr_scheduler.CosineAnnealingLR(o, total)),
+    "CosineAnnealingLR T_max": (
+        {"T_max": 3, "eta_min": 0.01},
+        lambda o, total: lr_scheduler.CosineAnnealingLR(o, 3, 0.01),
+    ),
+    "LambdaLR": (
+        {"lr_lambda": "0.5 * (1 + cos(pi * t / total))"},
+        lambda o, total: lr_scheduler.LambdaLR(o, lambda t: 0.5 * (1 + math.cos(math.pi * t / total))),
+    ),
+}
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+every_unit = pytest.mark.parametrize("unit", ["step", "epoch"])
+with_and_without_warmup = pytest.mark.parametrize("warmup", [0, 1, 6])
+
+
+def make_optimizer() -> Optimizer:
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "lr": lr} for lr in LRS])
+
+
+def section(name: str, **settings: Any) -> recipe.Schedule:
+    values = {"name": name.partition(" ")[0], **settings}
+    return recipe.parse({"schedule": values}, "test").schedule
+
+
+def make(name: str, unit: str, warmup: int) -> Schedule:
+    return Schedule(
+        make_optimizer(),
+        section(name, unit=unit, warmup_steps=warmup, **SCHEDULES[name][0]),
+        TOTAL,
+        STEPS_PER_EPOCH,
+    )
+
+
+def lrs(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def run(schedule: Schedule, steps: range = range(TOTAL)) -> list[list[float]]:
+    """The lr of each step and group, in the order of calls of the training loop."""
+    seen = []
+    for step in steps:
+        seen.append(lrs(schedule.optimizer))
+        schedule.optimizer.step()
+        schedule.step()
+        if (step + 1) % STEPS_PER_EPOCH == 0:
+            schedule.end_epoch()
+    return seen
+
+
+def torch_alone(name: str, unit: str, warmup: int) -> list[list[float]]:
+    optimizer = make_optimizer()
+    scheduler = SCHEDULES[name][1](optimizer, TOTAL if unit == "step" else EPOCHS)
+    seen = []
+    for step in range(TOTAL):
+        warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        seen.append([lr * warm for lr in lrs(optimizer)])
+        optimizer.step()
+        if unit == "step" or (step + 1) % STEPS_PER_EPOCH == 0:
+            scheduler.step()
+    return seen
+
+
+# The trajectory
+
+
+@every_schedule
+@every_unit
+@with_and_without_warmup
+def test_each_schedule_is_torchs_own_times_the_warmup(name, unit, warmup):
+    trajectory = run(make(name, unit, warmup))
+    assert trajectory == torch_alone(name, unit, warmup)
+    assert len({tuple(step) for step in trajectory}) > 1
+
+
+@every_unit
+def test_a_constant_schedule_is_the_warmup_alone(unit):
+    schedule = Schedule(make_optimizer(), section("constant", unit=unit, warmup_steps=8), TOTAL, STEPS_PER_EPOCH)
+    factors = [min(1.0, (step + 1) / 8) for step in range(TOTAL)]
+    assert run(schedule) == [[lr * factor for lr in LRS] for factor in factors]
+
+
+def test_a_last_epoch_that_is_not_full_counts_for_the_cosine():
+    optimizer = make_optimizer()
+    Schedule(optimizer, section("CosineAnnealingLR", unit="epoch"), total_steps=9, steps_per_epoch=4).replay(8, 4)
+    assert lrs(optimizer) == pytest.approx([lr * 0.5 * (1 + math.cos(math.pi * 2 / 3)) for lr in LRS])
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.5, dtype=torch.float64)], ids=["tensor"])
+def test_an_lr_tensor_is_set_in_place(lr):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr, foreach=False)
+    schedule = Schedule(optimizer, section("ExponentialLR", unit="step", gamma=0.5, warmup_steps=2), 4, 2)
+    held = optimizer.param_groups[0]["lr"]
+    assert run(schedule, range(4)) == [[0.25], [0.25], [0.125], [0.0625]]
+    assert optimizer.param_groups[0]["lr"] is held
+
+
+# ReduceLROnPlateau
+
+LOSSES = [1.0, 0.5, 0.6, 0.7, 0.8, 0.4, 0.4, 0.4, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("metric", ["test_loss", "test_accuracy"])
+@with_and_without_warmup
+def test_reduce_lr_on_plateau_follows_the_metric_as_torchs_does(metric, warmup):
+    accuracy = metric == "test_accuracy"
+    settings = {"factor": 0.5, "patience": 1, "threshold": 0.0, "cooldown": 1}
+    schedule = Schedule(
+        make_optimizer(), section("ReduceLROnPlateau", metric=metric, warmup_steps=warmup, **settings), 20, 2
+    )
+    optimizer = make_optimizer()
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, mode="max" if accuracy else "min", **settings)
+    seen, expected = [], []
+    for epoch, loss in enumerate(LOSSES):
+        for step in range(2 * epoch, 2 * epoch + 2):
+            seen.append(lrs(schedule.optimizer))
+            expected.append([lr * (min(1.0, (step + 1) / warmup) if warmup else 1.0) for lr in lrs(optimizer)])
+            schedule.step()
+        schedule.end_epoch()
+        schedule.end_evaluation({"loss": loss, "accuracy": 2.0 - loss})
+        scheduler.step(2.0 - loss if accuracy else loss)
+    assert seen == expected
+    assert seen[-1][0] < LRS[0] / 2
+
+
+def test_reduce_lr_on_plateau_looks_at_the_metric_it_was_given_only():
+    schedule = Schedule(make_optimizer(), section("ReduceLROnPlateau", metric="test_accuracy", patience=0), 20, 2)
+    assert schedule.needs_metric
+    for epoch in range(4):
+        schedule.end_evaluation({"loss": 1.0, "accuracy": float(epoch)})
+    assert lrs(schedule.optimizer) == list(LRS)
+    schedule.end_evaluation({"loss": 0.0, "accuracy": 0.0})
+    assert lrs(schedule.optimizer) == pytest.approx([lr / 10 for lr in LRS])
+
+
+@every_schedule
+def test_the_other_schedules_do_not_look_at_evaluations(name):
+    schedule = make(name, "epoch", 0)
+    assert not schedule.needs_metric
+    schedule.end_evaluation({"loss": 1.0, "accuracy": 0.0})
+    assert run(schedule) == torch_alone(name, "epoch", 0)
+
+
+# Saving, loading, replaying
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "constant"])
+@every_unit
+@pytest.mark.parametrize("done", [0, 3, 4, 11])
+def test_a_loaded_state_dict_continues_identically(name, unit, done):
+    settings = SCHEDULES[name][0] if name in SCHEDULES else {}
+    fresh, first = (
+        Schedule(make_optimizer(), section(name, unit=unit, warmup_steps=6, **settings), TOTAL, STEPS_PER_EPOCH)
+        for _ in range(2)
+    )
+    run(first, range(done))
+    fresh.load_state_dict(through_a_file(first.state_dict()))
+    rest = range(done, TOTAL)
+    assert run(fresh, rest) == run(first, rest)
+    assert fresh.state_dict() == first.state_dict()
+
+
+def test_a_loaded_reduce_lr_on_plateau_continues_identically():
+    fresh, first = (
+        Schedule(make_optimizer(), section("ReduceLROnPlateau", patience=1, factor=0.5), 20, 2) for _ in range(2)
+    )
+    for loss in LOSSES[:4]:
+        first.end_evaluation({"loss": loss})
+    fresh.load_state_dict(through_a_file(first.state_dict()))
+    for loss in LOSSES[4:]:
+        assert lrs(fresh.optimizer) == lrs(first.optimizer)
+        for schedule in (first, fresh):
+            schedule.end_evaluation({"loss": loss})
+    assert fresh.state_dict() == first.state_dict()
+    assert lrs(fresh.optimizer)[0] < LRS[0] / 2
+
+
+@every_schedule
+@every_unit
+@pytest.mark.parametrize(("begun", "done"), [(0, 0), (0, 3), (0, 8), (5, 13), (4, TOTAL)])
+def test_replay_goes_where_stepping_goes(name, unit, begun, done):
+    stepped, replayed = make(name, unit, 6), make(name, unit, 6)
+    run(stepped, range(done))
+    run(replayed, range(begun))
+    replayed.replay(done, STEPS_PER_EPOCH)
+    assert lrs(replayed.optimizer) == lrs(stepped.optimizer)
+    assert replayed.steps == stepped.steps == done
+    assert run(replayed, range(done, TOTAL)) == run(stepped, range(done, TOTAL))
+
+
+# Expressions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1", lambda t: 1.0),
+        ("t / total", lambda t: t / 10),
+        ("0.5 * (1 + cos(pi * t / total))", lambda t: 0.5 * (1 + math.cos(math.pi * t / 10))),
+        ("0.1 ** (t // 3)", lambda t: 0.1 ** (t // 3)),
+        ("max(0, min(1, 1 - t / 8))", lambda t: max(0, min(1, 1 - t / 8))),
+        ("exp(-t) + sqrt(abs(sin(t)))", lambda t: math.exp(-t) + math.sqrt(abs(math.sin(t)))),
+        ("log(e * (1 + floor(t / 4))) + ceil(t / 4)", lambda t: math.log(math.e * (1 + t // 4)) + -(-t // 4)),
+        ("1 if t < 5 else 0.1", lambda t: 1 if t < 5 else 0.1),
+    ],
+)
+def test_an_expression_is_evaluated_at_each_position(text, expected):
+    factor = schedules.expression(text, 10)
+    assert [factor(t) for t in range(11)] == [pytest.approx(expected(t)) for t in range(11)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t.real",
+        "t.bit_length()",
+        "total.__class__",
+        "().__class__.__bases__",
+        "'{0.__class__}'.format(t)",
+        "__import__('os').getpid()",
+        "open('x')",
+        "eval('1')",
+        "lambda: 1",
+        "[t][0]",
+        "steps",
+        "tan(t)",
+        "cos",
+        "t +",
+        "",
+        "'a'",
+        "'1' * 10 ** 9",
+        "9 ** 9 ** 9",
+        "(-1) ** 0.5",
+        "cos(1, 2)",
+        "t - 5",
+        "5 - t",
+        "1 / t",
+        "1 / (t - total)",
+        "1e999",
+        "1e999 - 1e999",
+        "exp(1000)",
+    ],
+)
+def test_an_unsafe_or_impossible_expression_is_refused_in_one_line(text):
+    with pytest.raises(UserError) as error:
+        schedules.expression(text, 10)
+    assert str(error.value).startswith("schedule.lr_lambda: ")
+    assert "\n" not in str(error.value)
+
+
+def test_an_expression_that_turns_bad_on_the_way_is_told_with_its_position():
+    factor = schedules.expression("1 / (t - 5) + 1", 10)
+    with pytest.raises(UserError, match=r"schedule\.lr_lambda: .* at t=5"):
+        factor(5)
+
+
+# What is wrong
+
+REFUSED = [
+    ({"name": "StepRL", "step_size": 3}, r"schedule\.name: .*did you mean StepLR"),
+    ({"name": "OneCycleLR"}, r"schedule\.name: is 'OneCycleLR', may be constant, StepLR"),
+    ({"name": "StepLR", "step_sise": 3}, r"schedule\.step_sise: StepLR has no such argument; it has step_size, gamma"),
+    ({"name": "StepLR", "step_size": 3, "last_epoch": 4}, r"schedule\.last_epoch: "),
+    ({"name": "StepLR", "step_size": 3, "optimizer": 4}, r"schedule\.optimizer: "),
+    ({"name": "constant", "gamma": 0.5}, r"schedule\.gamma: a constant schedule"),
+    ({"name": "ExponentialLR"}, r"schedule: ExponentialLR refuses: .*gamma"),
+    ({"name": "MultiStepLR", "milestones": 100}, r"schedule: MultiStepLR refuses"),
+    ({"name": "ReduceLROnPlateau", "factor": 2.0}, r"schedule: ReduceLROnPlateau refuses: Factor"),
+    ({"name": "ReduceLROnPlateau", "mode": "low"}, r"schedule: ReduceLROnPlateau refuses: mode"),
+    ({"name": "ReduceLROnPlateau", "min_lr": [0.1, 0.1, 0.1]}, r"schedule: ReduceLROnPlateau refuses: .*min_lr"),
+    ({"name": "ReduceLROnPlateau", "unit": "step"}, r"schedule\.unit: is 'step'"),
+    ({"name": "LambdaLR", "lr_lambda": "oops"}, r"schedule\.lr_lambda: 'oops'"),
+    ({"unit": "steps"}, r"test: schedule\.unit: is 'steps'"),
+    ({"warmup_steps": -1}, r"test: schedule\.warmup_steps: is -1"),
+    ({"metric": "train_loss"}, r"test: schedule\.metric: is 'train_loss'"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_is_wrong_is_told_by_its_key(values, message):
+    with pytest.raises(UserError, match="^" + message):
+        schedules.trajectory(recipe.parse({"schedule": values}, "test"), STEPS_PER_EPOCH)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "StepLR", "step_size": 0},
+        {"name": "StepLR", "step_size": "often"},
+        {"name": "StepLR", "step_size": 2, "gamma": "half"},
+        {"name": "StepLR", "step_size": 2, "gamma": -1},
+        {"name": "MultiStepLR", "milestones": ["late"]},
+        {"name": "ExponentialLR", "gamma": "nan"},
+        {"name": "CosineAnnealingLR", "T_max": 0},
+        {"name": "CosineAnnealingLR", "eta_min": "low"},
+        {"name": "ReduceLROnPlateau", "patience": "long"},
+    ],
+    ids=str,
+)
+def test_a_value_with_which_no_lr_can_be_computed_is_refused_though_torch_takes_it(values):
+    with pytest.raises(UserError, match=r"^schedule"):
+        schedules.trajectory(recipe.parse({"schedule": values, "trainer": {"epochs": 6}}, "test"), STEPS_PER_EPOCH)
+
+
+# The trajectory without training
+
+
+def trajectory_of(steps_per_epoch: int = STEPS_PER_EPOCH, **sections: Any) -> dict[str, list[float]]:
+    return schedules.trajectory(recipe.parse(sections, "test"), steps_per_epoch)
+
+
+def test_the_papers_milestones_drop_exactly_at_steps_39000_and_58500():
+    lines = trajectory_of(
+        390,
+        optimizer={"name": "SGD", "lr": 0.1},
+        schedule={"name": "MultiStepLR", "milestones": [100, 150], "gamma": 0.1},
+        trainer={"epochs": 200},
+    )
+    (line,) = lines.values()
+    assert len(line) == 78000
+    drops = [step for step in range(1, len(line)) if line[step] != line[step - 1]]
+    assert drops == [39000, 58500]
+    assert [line[0], line[39000], line[58500]] == pytest.approx([0.1, 0.01, 0.001])
+
+
+@every_schedule
+@every_unit
+def test_the_trajectory_is_what_training_does(name, unit):
+    settings = {"name": name.partition(" ")[0], "unit": unit, "warmup_steps": 6, **SCHEDULES[name][0]}
+    groups = [{"match": "fc.*", "lr": LRS[1], "name": "head", "keep_prob": 0.5}]
+    lines = trajectory_of(
+        optimizer={"name": "AdamW", "lr": LRS[0], "groups": groups},
+        lr_dropout={},
+        schedule=settings,
+        trainer={"epochs": EPOCHS},
+    )
+    assert list(lines) == ["group0", "head"]
+    assert [list(step) for step in zip(*lines.values(), strict=True)] == torch_alone(name, unit, 6)
+
+
+@pytest.mark.parametrize(("max_steps", "length"), [(None, TOTAL), (7, 7), (1000, TOTAL)])
+def test_the_trajectory_ends_with_the_run_and_max_steps_does_not_bend_it(max_steps, length):
+    sections = {"schedule": {"name": "CosineAnnealingLR", "unit": "step"}, "trainer": {"epochs": EPOCHS}}
+    whole = trajectory_of(**sections)["group0"]
+    sections["trainer"]["max_steps"] = max_steps
+    assert trajectory_of(**sections)["group0"] == whole[:length]
+
+
+def test_the_trajectory_of_reduce_lr_on_plateau_is_the_warmup_alone():
+    lines = trajectory_of(
+        optimizer={"lr": 0.1}, schedule={"name": "ReduceLROnPlateau", "warmup_steps": 2}, trainer={"epochs": 2}
+    )
+    assert lines == {"group0": [0.05] + [0.1] * 7}
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        ([{"match": "layer[12].*"}], ["group0", "group1"]),
+        ([{"match": "*.bias"}, {"match": ["bn*.bias", "bn*"]}], ["group0", "group1", "group2"]),
+        ([{"match": "conv*"}, {"match": "r*"}], ["group0", "group1", "group2"]),
+    ],
+    ids=str,
+)
+def test_the_trajectory_has_a_line_for_each_group_whatever_its_patterns(groups, names):
+    assert list(trajectory_of(optimizer={"name": "SGD", "groups": groups})) == names
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"name": "constant"}, False),
+        ({"name": "MultiStepLR", "milestones": [3]}, False),
+        ({"name": "CosineAnnealingLR"}, True),
+        ({"name": "CosineAnnealingLR", "T_max": 5}, False),
+        ({"name": "LambdaLR", "lr_lambda": "1 - t / total"}, True),
+    ],
+    ids=str,
+)
+def test_which_schedules_depend_on_the_length_of_the_run(values, expected):
+    assert schedules.depends_on_length(section(**values)) == expected
