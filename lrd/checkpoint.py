@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -27,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -65,7 +66,8 @@ def steps(run_dir: Path) -> list[int]:
     """The steps that have a published checkpoint, whole or not, oldest first."""
     if not folder(run_dir).is_dir():
         return []
-    return sorted(int(match[1]) for entry in folder(run_dir).iterdir() if (match := _NAME.fullmatch(entry.name)))
+    found = ((entry.name, _NAME.fullmatch(entry.name)) for entry in folder(run_dir).iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for own, match in found if match and own == name(int(match[1])))
 
 
 def save(run_dir: Path, state: State) -> Path:
@@ -76,6 +78,7 @@ def save(run_dir: Path, state: State) -> Path:
     """
     target = folder(run_dir) / name(state.step)
     beside = folder(run_dir) / f".{target.name}.{os.getpid()}.tmp"
+    replaced = beside.with_name(f"{beside.stem}.old.tmp")
     try:
         beside.mkdir(parents=True)
         weights = {key: value.contiguous() for key, value in state.model.items()}
@@ -90,12 +93,15 @@ def save(run_dir: Path, state: State) -> Path:
             _flush(beside / file)
         _flush(beside)
         if target.exists():
-            _move_aside(target)
+            target.rename(replaced)
         beside.rename(target)
         _flush(target.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"{target}: the checkpoint could not be written: {_reason(error)}") from error
+        if replaced.exists():
+            replaced.rename(target)
+        raise UserError(f"{target}: the checkpoint could not be written: {first_line(error)}") from error
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -111,35 +117,55 @@ def retain(run_dir: Path, keep_last: int, best_step: int | None) -> None:
 
 def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole, naming the file; None where size and hash of each file hold."""
+    if not (path / "manifest.json").is_file():
+        return "manifest.json: missing"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"manifest.json: layout version {manifest['format']}, this lrd reads {FORMAT}"
-        if set(files) != set(_FILES):
-            return "manifest.json: does not list the files of a checkpoint"
-        for file in _FILES:
-            measured = _measure(path / file)
-            for key in ("bytes", "sha256"):
-                if measured[key] != files[file][key]:
-                    return f"{file}: {key} is {measured[key]}, the manifest says {files[file][key]}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name}: missing"
+        layout, files = manifest["format"], {file: dict(manifest["files"][file]) for file in manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json: cannot be read: {_reason(error)}"
+        return f"manifest.json: cannot be read: {first_line(error)}"
+    if layout != FORMAT:
+        return f"manifest.json: layout version {layout!r}, this lrd reads {FORMAT}"
+    if set(files) != set(_FILES):
+        return "manifest.json: does not list the files of a checkpoint"
+    for file in _FILES:
+        try:
+            measured = _measure(path / file)
+        except FileNotFoundError:
+            return f"{file}: missing"
+        except OSError as error:
+            return f"{file}: cannot be read: {first_line(error)}"
+        for key, value in measured.items():
+            if value != files[file].get(key):
+                return f"{file}: {key} is {value}, the manifest says {files[file].get(key)}"
     return None
+
+
+def layout_version(path: Path) -> int | None:
+    """The layout version a checkpoint says it has; None where it says none."""
+    try:
+        version = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, int) else None
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that was passed over.
 
     Those are moved aside to `*.damaged`; remains of interrupted writes are removed.
+
+    Raises:
+        UserError: a checkpoint has another layout version: that is not damage, and not to be guessed at.
     """
     passed_over: list[str] = []
     for left in folder(run_dir).glob(".step-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     for step in reversed(steps(run_dir)):
         path = folder(run_dir) / name(step)
+        version = layout_version(path)
+        if version not in (None, FORMAT):
+            raise UserError(f"{path}: has layout version {version}, this lrd reads {FORMAT}")
         why = damage(path)
         if why is None:
             return path, passed_over
@@ -159,8 +185,10 @@ def read(path: Path) -> State:
             torch.load(path / _FILES[1], map_location="cpu", weights_only=True),
             read_trainer(path),
         )
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: optimizer.pt holds more than tensors and plain values; it was not loaded") from None
     except Exception as error:  # torch.load raises whatever the pickle machinery does
-        raise UserError(f"{path}: cannot be read: {_reason(error)}") from None
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
@@ -194,8 +222,3 @@ def _move_aside(path: Path) -> Path:
         number += 1
         aside = path.with_name(f"{path.name}.damaged-{number}")
     return path.rename(aside)
-
-
-def _reason(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.splitlines()[0] if text else type(error).__name__

@@ -38,7 +38,7 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> N
     """A table on standard output, from the main process."""
     if not is_main_process():
         return
-    grid = Table(title=title or None, title_justify="left")
+    grid = Table(title=title or None, title_justify="left", show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrd import philox
 from lrd import recipe as recipes
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 from lrd.images import list_folder, read_folder
 from lrd.philox import Domain
 from lrd.vision import torchvision
@@ -109,7 +109,7 @@ def _cifar(section: recipes.Data) -> Dataset:
         try:
             part = cls(section.root, train=train, download=True)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"data.root: no {section.dataset} under {section.root}, nor to be downloaded: {reason}"
             ) from None
@@ -144,7 +144,8 @@ def _synthetic(section: recipes.Data, seed: int) -> Dataset:
 
 
 def _resized(images: Images, size: int) -> Images:
-    resize = torchvision.transforms.v2.functional.resize
+    from torchvision.transforms.v2.functional import resize  # only here: its import takes a while
+
     return Images(resize(images.pixels, [size, size], antialias=True), images.labels)
 
 
@@ -238,7 +239,8 @@ class Batches:
         across = torch.arange(width, device=pixels.device).expand(count, -1)
         columns = shifts[:, 1, None] + torch.where(shifts[:, 2, None] == 1, width - 1 - across, across)
         sample = torch.arange(count, device=pixels.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        cut = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+        return cut.permute(0, 3, 1, 2).contiguous()
 
 
 def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

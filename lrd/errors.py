@@ -19,3 +19,9 @@ class RunError(UserError):
     """What ends a run that was started well: a loss that is not finite, replicas that differ. Exit status 1."""
 
     status = EXIT_RUN_ERROR
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line that is never empty."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.splitlines()[0] if text.strip() else type(error).__name__

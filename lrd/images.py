@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lrd import console
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 
+_DIGEST_BYTES = 32
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 
 
@@ -40,7 +41,7 @@ def read_folder(folder: Path, size: int | None, skip_corrupt: bool) -> tuple[Ten
     cache = _cache_path(folder, files, size, skip_corrupt)
     cached = _read_cache(cache)
     if cached is None:
-        cached = _decode_all(folder, files, size or _own_size(files[0][0]), skip_corrupt)
+        cached = _decode_all(folder, files, classes, size or _own_size(files, skip_corrupt), skip_corrupt)
         _write_cache(cache, cached)
     return cached["pixels"], cached["labels"], classes
 
@@ -71,58 +72,76 @@ def _image_files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def _own_size(path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            return image.height
-    except (OSError, UnidentifiedImageError) as error:
-        raise _corrupt(path, error) from None
+def _own_size(files: list[tuple[Path, int]], skip_corrupt: bool) -> int:
+    """The height of the first image that can be opened."""
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                return image.height
+        except Exception as error:
+            if not skip_corrupt:
+                raise _corrupt(path, error) from None
+    raise UserError(f"data.root: no readable image in {files[0][0].parent.parent}")
 
 
 def _corrupt(path: Path, error: BaseException) -> UserError:
-    reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
-    return UserError(f"{path}: not a readable image ({reason}); data.skip_corrupt=true leaves such files out")
+    return UserError(f"{path}: not a readable image ({_reason(error)}); data.skip_corrupt=true leaves such files out")
+
+
+def _reason(error: BaseException) -> str:
+    return "cannot identify image file" if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def _decode(path: Path, size: int) -> NDArray[np.uint8] | Exception:
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _to_rgb(image)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(rgb).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
         return error
 
 
-def _decode_all(folder: Path, files: list[tuple[Path, int]], size: int, skip_corrupt: bool) -> dict[str, Tensor]:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits of gray to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _decode_all(
+    folder: Path, files: list[tuple[Path, int]], classes: tuple[str, ...], size: int, skip_corrupt: bool
+) -> dict[str, Tensor]:
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     labels: list[int] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
         decoded = pool.map(lambda entry: _decode(entry[0], size), files)
-        for (path, label), image in console.progress(
-            zip(files, decoded, strict=True), f"decoding {folder}", len(files)
-        ):
+        both = zip(files, decoded, strict=True)
+        for (path, label), image in console.progress(both, f"decoding {folder}", len(files)):
             if isinstance(image, Exception):
                 if not skip_corrupt:
                     pool.shutdown(cancel_futures=True)
                     raise _corrupt(path, image)
-                console.say(f"{path}: not a readable image ({image}); left out")
+                console.say(f"{path}: not a readable image ({_reason(image)}); left out")
                 continue
             pixels[len(labels)] = image
             labels.append(label)
-    if not labels:
-        raise UserError(f"data.root: no readable image in {folder}")
+    for label, name in enumerate(classes):
+        if label not in set(labels):
+            raise UserError(f"data.root: no readable image in {folder / name}")
     return {"pixels": torch.from_numpy(pixels[: len(labels)]), "labels": torch.tensor(labels)}
 
 
 def _cache_path(folder: Path, files: list[tuple[Path, int]], size: int | None, skip_corrupt: bool) -> Path:
     """Named by what was read, so that a changed, added or removed file makes another cache."""
-    digest = hashlib.sha256(f"{size} {skip_corrupt}".encode())
+    digest = hashlib.sha256(f"{folder.resolve()} {size} {skip_corrupt}".encode())
     for path, _ in files:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:  # a dangling link: an image that cannot be read
+            continue
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    name = f"{folder.name}-{digest.hexdigest()[:16]}.safetensors"
+    name = f"{folder.name}-{digest.hexdigest()[:16]}.cache"
     beside = folder.parent / ".lrd-cache"
     if os.access(folder.parent, os.W_OK):
         return beside / name
@@ -130,20 +149,25 @@ def _cache_path(folder: Path, files: list[tuple[Path, int]], size: int | None, s
 
 
 def _read_cache(path: Path) -> dict[str, Tensor] | None:
+    """A SHA-256, then safetensors: one flipped bit would be trained on without a word."""
     try:
-        cached = load_file(path)
-    except (FileNotFoundError, SafetensorError):
+        content = memoryview(path.read_bytes())
+    except OSError:
         return None
-    whole = cached.keys() == {"pixels", "labels"} and len(cached["pixels"]) == len(cached["labels"])
-    return cached if whole else None
+    digest, tensors = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return load(bytes(tensors)) if hashlib.sha256(tensors).digest() == digest else None
 
 
 def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    content = save(tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside)
+        with beside.open("wb") as stream:
+            stream.write(hashlib.sha256(content).digest())
+            stream.write(content)
         os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        console.say(f"{path}: the decoded images could not be kept ({error}); the next start decodes them again")
+        reason = first_line(error)
+        console.say(f"{path}: the decoded images could not be kept ({reason}); the next start decodes them again")

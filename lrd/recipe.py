@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 from lrd.mask import Granularity
 
 
@@ -238,17 +238,31 @@ def parse(values: dict[str, Any], source: str) -> Recipe:
         raise UserError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Of two equal keys the second would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value} stands there twice", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {where}not YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path}: {where}not YAML: {getattr(error, 'problem', None) or first_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -262,14 +276,16 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"{override}: an override is section.key=value, e.g. optimizer.lr=0.1")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{key}: {text!r} is not a YAML value") from None
     node = values
     for part in parts[:-1]:
         child = node.get(part)
-        if not isinstance(child, dict):
+        if child is None:
             child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {part} is {child!r} in the file, which is no section to override a key of")
         node = child
     node[parts[-1]] = value
 
@@ -289,6 +305,8 @@ def _explain(error: ValidationError) -> list[str]:
         elif fault["type"] == "value_error":
             message = str(fault["ctx"]["error"])
             lines.append(f"{key}: is {fault['input']!r}, {message}" if location else message)
+        elif fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            lines.append(f"{key}: is {fault['input']!r}, should be a section of keys and values")
         elif fault["type"] == "missing":
             lines.append(f"{key}: is missing")
         else:

@@ -20,12 +20,13 @@ def runs_table(root: Path) -> None:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    found = sorted(path.parent for path in root.rglob("status.json"))
-    if not found:
+    found = {path.parent: read_status(path.parent) for path in sorted(root.rglob("status.json"))}
+    if not any(found.values()):
         raise UserError(f"{root}: no run in it; a run leaves a status.json in its run_dir")
     rows = []
-    for run_dir in found:
-        status = read_status(run_dir) or {"state": "unreadable"}
+    for run_dir, status in found.items():
+        if status is None:  # some other program's
+            continue
         best = status.get("best_accuracy")
         steps = f"{status.get('step', '?')}/{status.get('total_steps', '?')}"
         rows.append([run_dir, _describe(run_dir), steps, "" if best is None else f"{best:.4f}", _state(status)])

@@ -28,10 +28,20 @@ class RunDir:
             self._lock: IO[str] = (path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"run_dir: another run is at work in {path}; give this one another run_dir") from None
+        if not self._take_lock():
+            raise UserError(f"run_dir: another run is at work in {path}; give this one another run_dir")
+
+    def _take_lock(self) -> bool:
+        """Not at the first try alone: a run that was just killed may still hold it, and a reader for a moment."""
+        for _ in range(20):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return True
+        return False
 
     def write(self, name: str, text: str) -> None:
         """Put a file in place whole."""
@@ -51,8 +61,10 @@ class RunDir:
 def read_status(path: Path) -> dict[str, Any] | None:
     """What the run in `path` last said of itself; one that said `running` and is no longer there is `interrupted`."""
     try:
-        status: dict[str, Any] = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        status: Any = json.loads((path / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict) or "state" not in status:
         return None
     if status.get("state") == "running" and status.get("host") == socket.gethostname() and not _is_locked(path):
         status["state"] = "interrupted"
@@ -63,8 +75,8 @@ def _is_locked(path: Path) -> bool:
     try:
         with (path / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:
+        pass
     return False

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from lrd import recipe as recipes
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 from lrd.optim import build_optimizer
 
 NAMES = ("constant", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "ReduceLROnPlateau", "LambdaLR")
@@ -159,14 +159,14 @@ def expression(text: str, total: int) -> Callable[[int], float]:
     try:
         parsed = evaluator.parse(text)
     except (simpleeval.InvalidExpression, SyntaxError) as error:
-        raise UserError(f"schedule.lr_lambda: {text!r} is no expression: {_first_line(error)}") from None
+        raise UserError(f"schedule.lr_lambda: {text!r} is no expression: {first_line(error)}") from None
 
     def factor(t: int) -> float:
         evaluator.names["t"] = t
         try:
             value = float(evaluator.eval(text, previously_parsed=parsed))
         except (simpleeval.InvalidExpression, ArithmeticError, TypeError, ValueError) as error:
-            raise UserError(f"schedule.lr_lambda: {text!r} at t={t}: {_first_line(error)}") from None
+            raise UserError(f"schedule.lr_lambda: {text!r} at t={t}: {first_line(error)}") from None
         if not (math.isfinite(value) and value >= 0.0):
             raise UserError(f"schedule.lr_lambda: {text!r} is {value} at t={t}; a factor is finite and not negative")
         return value
@@ -205,7 +205,7 @@ def _build(optimizer: Optimizer, section: recipes.Schedule, total: int) -> Any:
     try:
         return cls(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"schedule: {section.name} refuses: {_first_line(error)}") from None
+        raise UserError(f"schedule: {section.name} refuses: {first_line(error)}") from None
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
@@ -213,7 +213,3 @@ def _set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -72,11 +72,12 @@ class Tracker:
         for key, value in metrics.items():
             self.writer.add_scalar(f"test/{key}", value, step)
 
-    def finish(self, step: int, metrics: dict[str, float]) -> None:
+    def hyper_parameters(self, step: int, metrics: dict[str, float]) -> None:
         """Hyper-parameters with the final metrics, for the HParams tab."""
-        flat = {key: value if isinstance(value, (bool, int, float, str)) else str(value)
-                for key, value in self.recipe.mathematics().items()}  # fmt: skip
-        named = {f"hparam/{key}": value for key, value in metrics.items()}
+        values = self.recipe.mathematics().items()
+        plain = (bool, int, float, str)
+        flat = {key: value if isinstance(value, plain) else str(value) for key, value in values if value is not None}
+        named = {f"hparam/test_{key}": value for key, value in metrics.items()}
         file_writer = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
         for summary in hparams(flat, named):  # type: ignore[no-untyped-call]
             file_writer.add_summary(summary, step)

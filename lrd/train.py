@@ -19,6 +19,8 @@ from lrd.progress import Progress
 
 def train(job: Job) -> int:
     """The loop. Returns the exit status."""
+    if job.step >= job.total_steps:
+        console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
     with distributed.StopSignals() as signals:
         stop_signal = 0
         with Progress(job) as progress:
@@ -89,7 +91,7 @@ def is_boundary(job: Job) -> bool:
 def refuse_non_finite(losses: list[float], step: int) -> None:
     bad = [f"rank {rank} ({loss})" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
-        raise RunError(f"step {step}: the loss is not finite on {', '.join(bad)}; the last checkpoint is kept")
+        raise RunError(f"step {step}: the loss is not finite on {', '.join(bad)}; nothing is saved after it")
 
 
 def is_evaluation_due(job: Job) -> bool:
@@ -129,6 +131,8 @@ def save_checkpoint(job: Job) -> None:
     def write() -> None:
         assert job.run_dir is not None
         assert job.tracker is not None
+        if job.step >= job.total_steps:
+            job.tracker.hyper_parameters(job.step, job.latest)
         job.tracker.flush()
         checkpoint.save(job.run_dir.path, job.state())
         section = job.recipe.checkpoint
@@ -141,10 +145,8 @@ def save_checkpoint(job: Job) -> None:
 
 def finish(job: Job, progress: Progress, stop_signal: int) -> int:
     """Close the books. Returns the exit status."""
-    finished = job.step == job.total_steps
+    finished = job.step >= job.total_steps
     if job.tracker is not None:
-        if finished and progress.steps:
-            job.tracker.finish(job.step, job.latest)
         job.tracker.close()
     job.report("finished" if finished else "stopped")
     if finished:

@@ -52,14 +52,18 @@ def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
 
 
-def optimizer_state(run_dir: Path, step: int) -> dict:
-    path = checkpoint.folder(run_dir) / checkpoint.name(step) / "optimizer.pt"
-    return torch.load(path, weights_only=True)["optimizer"]
-
-
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setattr(console, "stdout", Console(width=200))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a machine that is busy, threads that wait for each other cost a tiny network most of its time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def recipe(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Result, Path]:
+def trained(one_thread, tmp_path_factory) -> tuple[Result, Path]:
     """Three steps of a narrow network with a checkpoint at each; of those the last two are kept."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(RECIPE)
@@ -113,7 +117,8 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(run_dir, recipe):
     result = invoke("train", recipe, f"run_dir={run_dir}", "trainer.max_steps=5")
     assert result.exit_code == 0, result.output
     assert "5 in all, 2 by this start" in result.stdout
-    assert {group["mask_step"] for group in optimizer_state(run_dir, 5)["param_groups"]} == {5}
+    state = checkpoint.read(checkpoint.folder(run_dir) / checkpoint.name(5))
+    assert [group["mask_step"] for group in state.optimizer["optimizer"]["param_groups"]] == [5]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_its_steps_are_done_again(run_dir, recipe):
@@ -234,30 +239,19 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(run_dir, recipe, override, 
     assert sorted(path.name for path in run_dir.rglob("*")) == before
 
 
-def test_allow_changed_goes_on_with_the_new_lr(run_dir, recipe):
-    was = optimizer_state(run_dir, 3)
-    result = invoke(
-        "train", recipe, f"run_dir={run_dir}", "trainer.max_steps=4", "optimizer.lr=0", "checkpoint.allow_changed=true"
-    )
+def test_allow_changed_goes_on_with_the_new_lr_and_the_old_momentum(run_dir, recipe):
+    changed = ["optimizer.lr=0", "checkpoint.allow_changed=true", "trainer.max_steps=4"]
+    result = invoke("train", recipe, f"run_dir={run_dir}", *changed)
     assert result.exit_code == 0, result.output
     assert "4 in all, 1 by this start" in result.stdout
-    now = optimizer_state(run_dir, 4)
-    assert [group["lr"] for group in was["param_groups"]] == [0.05]
-    assert [group["lr"] for group in now["param_groups"]] == [0]
-    assert now["param_groups"][0]["mask_step"] == 3
-    assert not torch.equal(now["state"][0]["momentum_buffer"], was["state"][0]["momentum_buffer"])
-    names = [checkpoint.folder(run_dir) / checkpoint.name(step) for step in (3, 4)]
-    weights = [checkpoint.read(path).model["conv1.weight"] for path in names]
-    assert torch.equal(*weights)
-
-
-def test_allow_changed_carries_the_momentum_on(run_dir, recipe):
-    changed = ["optimizer.lr=0.02", "checkpoint.allow_changed=true", "trainer.max_steps=4"]
-    assert invoke("train", recipe, f"run_dir={run_dir}", *changed).exit_code == 0
-    was, now = (optimizer_state(run_dir, step) for step in (3, 4))
-    assert (now["param_groups"][0]["lr"], now["param_groups"][0]["mask_step"]) == (0.02, 4)
-    buffers = [state["state"][0]["momentum_buffer"].flatten() for state in (was, now)]
-    assert torch.cosine_similarity(*buffers, dim=0) > 0.5
+    was, now = (checkpoint.read(checkpoint.folder(run_dir) / checkpoint.name(step)) for step in (3, 4))
+    (old_group,), (new_group,) = (state.optimizer["optimizer"]["param_groups"] for state in (was, now))
+    assert (old_group["lr"], new_group["lr"]) == (0.05, 0)
+    assert (old_group["mask_step"], new_group["mask_step"]) == (3, 3)
+    assert torch.equal(was.model["conv1.weight"], now.model["conv1.weight"])
+    momentum = [state.optimizer["optimizer"]["state"][0]["momentum_buffer"].flatten() for state in (was, now)]
+    assert not torch.equal(*momentum)
+    assert torch.cosine_similarity(*momentum, dim=0) > 0.5
 
 
 def test_allow_changed_does_not_make_another_model_fit(run_dir, recipe):

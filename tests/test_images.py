@@ -55,7 +55,7 @@ def decoded(monkeypatch) -> list[str]:
 
 
 def caches(below: Path) -> list[Path]:
-    return sorted(path for path in below.rglob("*") if path.is_file() and path.suffix == ".safetensors")
+    return sorted(path for path in below.rglob("*") if path.is_file() and path.suffix == ".cache")
 
 
 def test_classes_and_files_come_in_the_order_of_names(folder):
@@ -139,10 +139,12 @@ def change(folder: Path) -> None:
     put(folder / "cat" / "b.png", GRAY)
 
 
-def touch(folder: Path) -> None:
-    stat = (folder / "cat" / "b.png").stat()
-    change(folder)
-    os.utime(folder / "cat" / "b.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+def repaint_in_the_same_size(folder: Path) -> None:
+    path = folder / "cat" / "a.bmp"
+    was = path.stat()
+    put(path, GRAY)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 1000))
+    assert path.stat().st_size == was.st_size
 
 
 def add(folder: Path) -> None:
@@ -161,7 +163,7 @@ def remove(folder: Path) -> None:
     ("act", "expected_colours", "expected_labels"),
     [
         (change, [RED, GRAY, BLUE], [0, 0, 1]),
-        (touch, [RED, GRAY, BLUE], [0, 0, 1]),
+        (repaint_in_the_same_size, [GRAY, GREEN, BLUE], [0, 0, 1]),
         (add, [RED, GREEN, GRAY, BLUE], [0, 0, 0, 1]),
         (rename, [GREEN, BLUE, RED], [0, 1, 1]),
         (remove, [GREEN, BLUE], [0, 1]),
@@ -198,21 +200,20 @@ def test_a_damaged_cache_is_decoded_anew(folder, decoded, damaged):
 
 
 def test_a_cache_that_may_not_be_read_is_decoded_anew(folder, decoded, monkeypatch):
-    def load_file(path):
+    def read_bytes(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     first = read(folder)
-    monkeypatch.setattr(images, "load_file", load_file)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     assert torch.equal(read(folder)[0], first[0])
     assert len(decoded) == 6
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(folder, monkeypatch, capsys):
-    def save_file(tensors, path):
-        Path(path).write_bytes(b"the first half")
+    def replace(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images, "save_file", save_file)
+    monkeypatch.setattr(os, "replace", replace)
     assert colours(read(folder)[0]) == [RED, GREEN, BLUE]
     assert "No space left on device" in capsys.readouterr().out
     assert list((folder.parent / ".lrd-cache").iterdir()) == []

@@ -150,6 +150,13 @@ def test_what_a_smaller_keep_prob_keeps_a_larger_one_keeps_too():
         assert (larger & ~smaller).any()
 
 
+@pytest.mark.parametrize(
+    ("keep_prob", "limit"), [(0.5, 32768), (1 / 3, 21845), (2 / 3, 43691), (0.9, 58982), (1.0, 65536)]
+)
+def test_keep_prob_is_rounded_to_the_nearest_multiple_of_the_resolution(keep_prob, limit):
+    assert mask.threshold(keep_prob) == limit
+
+
 @pytest.mark.parametrize("keep_prob", [1e-9, 2**-17])
 def test_the_smallest_keep_prob_is_the_resolution(keep_prob):
     assert mask.threshold(keep_prob) == 1

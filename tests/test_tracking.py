@@ -184,7 +184,7 @@ def test_the_recipe_stands_in_the_texts(tmp_path):
 def test_hyper_parameters_stand_beside_the_final_metrics(tmp_path):
     run = Run(tmp_path)
     run.update(1)
-    run.tracker.finish(1, {"accuracy": 0.75, "loss": 1.5})
+    run.tracker.hyper_parameters(1, {"accuracy": 0.75, "loss": 1.5})
     run.tracker.close()
     metadata = events(tmp_path).summary_metadata
     start = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"].plugin_data.content)
@@ -192,10 +192,10 @@ def test_hyper_parameters_stand_beside_the_final_metrics(tmp_path):
     assert values["optimizer.lr"].number_value == LRS[0]
     assert values["lr_dropout.keep_prob"].number_value == 0.5
     assert values["optimizer.name"].string_value == "SGD"
-    assert set(values) == set(run.recipe.mathematics())
+    assert set(values) == {key for key, value in run.recipe.mathematics().items() if value is not None}
     experiment = HParamsPluginData.FromString(metadata["_hparams_/experiment"].plugin_data.content).experiment
-    assert {info.name.tag for info in experiment.metric_infos} == {"hparam/accuracy", "hparam/loss"}
-    assert scalars(tmp_path)["hparam/accuracy"] == {1: 0.75}
+    assert {info.name.tag for info in experiment.metric_infos} == {"hparam/test_accuracy", "hparam/test_loss"}
+    assert scalars(tmp_path)["hparam/test_accuracy"] == {1: 0.75}
 
 
 RECIPE = """
