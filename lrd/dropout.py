@@ -33,15 +33,15 @@ class LRDropout:
     What defines the masks lives in `optimizer.param_groups`, so that `state_dict` carries it and each group can have
     its own: `keep_prob` (may be changed at any time, e.g. by a schedule), `mask_seed`, `mask_granularity`,
     `mask_rescale`, and `mask_step`, the number of updates done. Groups added later get the values given here. An update
-    at lr 0 moves nothing and does not count, nor does one that a GradScaler skips.
+    at lr 0 that moves nothing does not count, nor does one that a GradScaler skips.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; groups may already have a `keep_prob` of their own.
         keep_prob: probability in (0, 1] that an element moves; 1 leaves the optimizer as it is, bit for bit.
         seed: seed of the masks, an integer in [0, 2**64), the same on every rank.
         granularity: `element` (the paper), `row`, `column` or `tensor`: what shares one draw, see `lrd.mask.keep_mask`.
-        rescale: divide a kept element's update by `keep_prob`, so that the expected update is the optimizer's own
-            (SkipUpdate, Joo et al., arXiv 2602.15322; not in the paper).
+        rescale: divide a kept element's update by `keep_prob` (as the mask rounds it, to 2**-16), so that the expected
+            update is the optimizer's own (SkipUpdate, Joo et al., arXiv 2602.15322; not in the paper).
 
     Raises:
         ValueError: an argument out of its range, or an optimizer that has LRDropout attached already.
@@ -72,21 +72,27 @@ class LRDropout:
         optimizer.defaults.update(self._defaults)  # what add_param_group fills a later group with
         self._fill_groups()
         self._before: dict[int, Tensor] = {}  # by the parameter's index: its values before the update; reused
+        self._remembered: set[int] = set()
         self._latest: list[_Moved] = []
+        self._own: list[dict[str, Any]] = []
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._put_back),
-            optimizer.register_load_state_dict_post_hook(self._fill_groups),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
 
     def remove(self) -> None:
-        """Detach: the optimizer steps as if LRDropout had never been there. The groups keep their entries."""
+        """Detach: the optimizer and its groups are as if LRDropout had never been there."""
         for handle in self._handles:
             handle.remove()
         for key in self._defaults:
             self.optimizer.defaults.pop(key, None)
+            for group in self.optimizer.param_groups:
+                group.pop(key, None)
         self._before.clear()
+        self._latest.clear()
         self.optimizer._lr_dropout = None  # type: ignore[attr-defined]
 
     def kept_fractions(self) -> list[float]:
@@ -116,62 +122,84 @@ class LRDropout:
         draw = int(np.ravel_multi_index(shared, moved.draw_shape)) if shared else 0
         return bool(mask.draw(1, offset=draw, **moved.position))
 
-    def _fill_groups(self, *_: Any) -> None:
-        """Give every group its entries: new groups, and those loaded from a stock optimizer's state_dict."""
+    def _fill_groups(self) -> None:
         for group in self.optimizer.param_groups:
             for key, value in self._defaults.items():
                 group.setdefault(key, value)
 
-    def _moving(self) -> Iterator[tuple[int, int, Tensor, dict[str, Any]]]:
-        """(index, group's number, parameter, group) of the parameters that a step can move: not at lr 0."""
+    def _before_load(self, optimizer: Optimizer, _: dict[str, Any]) -> None:
+        keys = [key for key in self._defaults if key != "mask_step"]
+        self._own = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """What a stock optimizer's state_dict lacks: each group keeps its own settings and counts from zero."""
+        for group, own in zip(optimizer.param_groups, self._own, strict=True):
+            for key, value in own.items():
+                group.setdefault(key, value)
+        self._fill_groups()
+
+    def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(group's number, parameter's index, parameter) of every parameter that has elements."""
         index = 0
         for number, group in enumerate(self.optimizer.param_groups):
-            at_rest = _is_zero(group["lr"])
             for param in group["params"]:
-                if not at_rest and param.numel() > 0:
-                    yield index, number, param, group
+                if param.numel() > 0:
+                    yield number, index, param
                 index += 1
 
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the step: copy what may have to be put back."""
         has_closure = any(arg is not None for arg in (*args[1:], *kwargs.values()))  # gradients may come in the step
-        for index, _, param, group in self._moving():
-            if group["keep_prob"] < 1.0 and (has_closure or param.grad is not None):
+        groups = optimizer.param_groups
+        masked = [mask.check_keep_prob(group["keep_prob"]) < 1.0 or _is_zero(group.get("lr")) for group in groups]
+        self._remembered = set()
+        for number, index, param in self._parameters():
+            if masked[number] and (has_closure or param.grad is not None):
                 before = self._before.get(index)
-                if before is None or (before.shape, before.dtype, before.device) != (
-                    param.shape,
-                    param.dtype,
-                    param.device,
-                ):
+                if before is None or not _alike(before, param):
                     before = self._before[index] = torch.empty_like(param)
                 before.copy_(param)
+                self._remembered.add(index)
 
     @torch.no_grad()
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After the step: dropped elements get their old bits back, and the update counts."""
         self._latest = []
-        for index, number, param, group in self._moving():
-            if param.grad is None:
+        if _is_skipped(optimizer):
+            return
+        by_group: list[list[tuple[int, Tensor]]] = [[] for _ in optimizer.param_groups]
+        for number, index, param in self._parameters():
+            if param.grad is not None:
+                by_group[number].append((index, param))
+        for number, (group, moved) in enumerate(zip(optimizer.param_groups, by_group, strict=True)):
+            if _is_zero(group.get("lr")) and self._is_at_rest(moved):
                 continue
-            new = _real(param)
-            position = {
-                "seed": group["mask_seed"],
-                "step": group["mask_step"],
-                "index": index,
-                "keep_prob": group["keep_prob"],
-            }
-            granularity = group["mask_granularity"]
-            shape = tuple(new.shape)
-            self._latest.append(_Moved(number, shape, mask.draw_shape(shape, granularity), position))
-            if group["keep_prob"] < 1.0:
-                old = _real(self._before[index])
-                if group["mask_rescale"]:
-                    new.sub_(old).div_(group["keep_prob"]).add_(old)
-                _select(new, old, mask.keep_mask(shape, granularity=granularity, device=new.device, **position))
-        for group in optimizer.param_groups:
-            if not _is_zero(group["lr"]):
-                group["mask_step"] += 1
+            for index, param in moved:
+                self._mask(number, index, param, group)
+            group["mask_step"] += 1
+
+    def _mask(self, number: int, index: int, param: Tensor, group: dict[str, Any]) -> None:
+        keep_prob, granularity = group["keep_prob"], group["mask_granularity"]
+        position = {"seed": group["mask_seed"], "step": group["mask_step"], "index": index, "keep_prob": keep_prob}
+        new = _real(param)
+        shape = tuple(new.shape)
+        self._latest.append(_Moved(number, shape, mask.draw_shape(shape, granularity), position))
+        if keep_prob == 1.0:
+            return
+        if index not in self._remembered:
+            raise RuntimeError(
+                f"parameter {index} got its gradient in a step hook that ran after LRDropout's; "
+                "register that hook before LRDropout is attached"
+            )
+        old = _real(self._before[index])
+        if group["mask_rescale"]:
+            new.sub_(old).div_(mask.effective_keep_prob(keep_prob)).add_(old)
+        _select(new, old, mask.keep_mask(shape, granularity=granularity, device=new.device, **position))
+
+    def _is_at_rest(self, params: list[tuple[int, Tensor]]) -> bool:
+        """Whether a step at lr 0 moved nothing. Rprop and ASGD do move then: they have step sizes of their own."""
+        return all(torch.equal(_bits(param), _bits(self._before[index])) for index, param in params)
 
 
 def attached(optimizer: Optimizer) -> LRDropout | None:
@@ -195,9 +223,26 @@ def _real(param: Tensor) -> Tensor:
     return torch.view_as_real(param) if param.is_complex() else param
 
 
-def _is_zero(lr: float | Tensor) -> bool:
+def _bits(tensor: Tensor) -> Tensor:
+    real = _real(tensor)
+    return real.view(_SAME_SIZE_INT[real.element_size()])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _is_zero(lr: float | Tensor | None) -> bool:
     """An lr tensor on a device is taken for non-zero: to look would be a CPU-GPU sync point each step."""
-    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
+    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return False
+    return bool(lr == 0)
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler has a fused optimizer's kernel skip this step: other optimizers it does not even call."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _chunks(size: int, row: int) -> Iterator[slice]:

@@ -51,6 +51,12 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def _check_position(**words: int) -> None:
+    for name, value in words.items():
+        if not 0 <= value < 1 << 64:
+            raise ValueError(f"{name} must be in [0, 2**64), not {value}")
+
+
 def check_granularity(granularity: str) -> str:
     """Return `granularity`, or raise ValueError where it names none."""
     if granularity not in GRANULARITIES:
@@ -59,8 +65,13 @@ def check_granularity(granularity: str) -> str:
 
 
 def threshold(keep_prob: float) -> int:
-    """T of the module's text: the probability really used is T / 2**16. Never 0, so a mask can always keep."""
+    """T of the module's text. Never 0, so a mask can always keep."""
     return max(1, round(check_keep_prob(keep_prob) * (1 << RESOLUTION_BITS)))
+
+
+def effective_keep_prob(keep_prob: float) -> float:
+    """The probability really used, T / 2**16: `keep_prob` to within 2**-17, and at least 2**-16."""
+    return threshold(keep_prob) / (1 << RESOLUTION_BITS)
 
 
 def draw(
@@ -89,6 +100,9 @@ def draw(
 
     Returns:
         bool tensor of shape (numel,), True where the element keeps its learning rate.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
     limit = threshold(keep_prob)
     if limit == 1 << RESOLUTION_BITS or numel == 0:
@@ -118,6 +132,8 @@ def count_kept(numel: int, *, seed: int, step: int, index: int, keep_prob: float
 
 def _keep_words(limit: int, seed: int, step: int, index: int, first_block: int, n_blocks: int) -> NDArray[np.uint64]:
     """Packed keep bits of whole blocks: u < limit for 64 elements a word, from the lowest plane that matters up."""
+    check_seed(seed)
+    _check_position(step=step, index=index, offset=first_block, numel=n_blocks)
     lowest = RESOLUTION_BITS - (limit & -limit).bit_length()
     kept: NDArray[np.uint64] | None = None
     for plane in range(lowest, -1, -1):

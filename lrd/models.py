@@ -67,9 +67,10 @@ def _stage(block: Any, channels: int, planes: int, depth: int, stride: int) -> t
 
 def build_model(section: recipes.Model, num_classes: int, seed: int) -> nn.Module:
     """The network a recipe names, on the CPU, its weights a function of `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = ResNet(section.arch, section.num_classes or num_classes, section.width)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU's generator too
+    model: nn.Module = ResNet(section.arch, section.num_classes or num_classes, section.width)
+    torch.set_rng_state(state)
     if section.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return model

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lrd import recipe as recipes
 from lrd.dropout import LRDropout
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 
 NAMES = (
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD",
@@ -23,6 +23,9 @@ REFUSED = {
     "step, and a masked line search has no meaning",
     "SparseAdam": "it takes sparse gradients only, and every gradient of a ResNet is dense",
 }
+
+
+_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError)
 
 
 def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
@@ -40,9 +43,9 @@ def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
     arguments.update(section.arguments)
     _check_arguments("optimizer", cls, arguments)
     try:
-        optimizer: Optimizer = cls(_groups(model, section, cls), lr=section.lr, **arguments)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"optimizer: {cls.__name__} refuses: {error}") from None
+        optimizer: Optimizer = cls(_groups(model, section, cls, arguments), lr=section.lr, **arguments)
+    except _REFUSALS as error:
+        raise UserError(f"optimizer: {cls.__name__} refuses: {first_line(error)}") from None
     if recipe.lr_dropout is not None:
         LRDropout(
             optimizer,
@@ -76,14 +79,21 @@ def _check_arguments(key: str, cls: type[Any], arguments: dict[str, Any]) -> Non
         )
 
 
-def _groups(model: nn.Module, section: recipes.Optimizer, cls: type[Any]) -> list[dict[str, Any]]:
+def _groups(
+    model: nn.Module, section: recipes.Optimizer, cls: type[Any], arguments: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Parameter groups: each parameter in the first group one of whose patterns matches its name, else in the rest."""
     rest: dict[str, Any] = {"name": "group0", "params": []}
     groups: list[dict[str, Any]] = []
     for i, group in enumerate(section.groups):
         own = {key: value for key in ("lr", "weight_decay", "keep_prob") if (value := getattr(group, key)) is not None}
         own.update(group.arguments)
-        _check_arguments(f"optimizer.groups.{i}", cls, {key: own[key] for key in own if key != "keep_prob"})
+        theirs = {key: value for key, value in own.items() if key != "keep_prob"}
+        _check_arguments(f"optimizer.groups.{i}", cls, theirs)
+        try:  # torch checks the defaults only
+            cls([nn.Parameter(torch.zeros(1))], **{"lr": section.lr, **arguments, **theirs})
+        except _REFUSALS as error:
+            raise UserError(f"optimizer.groups.{i}: {cls.__name__} refuses: {first_line(error)}") from None
         groups.append({"name": group.name or f"group{i + 1}", "params": [], **own})
     for name, parameter in model.named_parameters():
         matching = (

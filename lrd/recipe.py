@@ -127,11 +127,32 @@ class LRDropout(Section):
     rescale: bool = False
 
 
-class Schedule(Open):
+class Schedule(Section):
     name: str = "constant"
     unit: Literal["step", "epoch"] = "epoch"
     warmup_steps: Int = Field(0, ge=0, description="optimizer steps of linear warm-up, whatever the unit")
     metric: Literal["test_loss", "test_accuracy"] = Field("test_loss", description="what ReduceLROnPlateau looks at")
+    # Arguments of torch's schedulers, which do not look at them before they compute an lr; None: torch's default.
+    step_size: Int | None = Field(None, gt=0)
+    milestones: list[Annotated[Int, Field(gt=0)]] | None = None
+    gamma: Float | None = Field(None, ge=0.0)
+    T_max: Int | None = Field(None, gt=0)
+    eta_min: Float | None = Field(None, ge=0.0)
+    lr_lambda: str | None = Field(None, description="an expression, see lrd.schedules.expression")
+    mode: Literal["min", "max"] | None = None
+    factor: Float | None = Field(None, gt=0.0, lt=1.0)
+    patience: Int | None = Field(None, ge=0)
+    threshold: Float | None = Field(None, ge=0.0)
+    threshold_mode: Literal["rel", "abs"] | None = None
+    cooldown: Int | None = Field(None, ge=0)
+    min_lr: Float | None = Field(None, ge=0.0)
+    eps: Float | None = Field(None, ge=0.0)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keys that are arguments of the torch class, where they are given."""
+        own = ("name", "unit", "warmup_steps", "metric")
+        return {key: value for key, value in self if key not in own and value is not None}
 
 
 class Trainer(Section):
@@ -316,7 +337,7 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _keys(location: list[str]) -> list[str]:
     sections: dict[str, type[Section]] = {
-        "data": Data, "model": Model, "lr_dropout": LRDropout, "trainer": Trainer, "checkpoint": Checkpoint,
-        "tracking": Tracking,
+        "data": Data, "model": Model, "lr_dropout": LRDropout, "schedule": Schedule, "trainer": Trainer,
+        "checkpoint": Checkpoint, "tracking": Tracking,
     }  # fmt: skip
     return list(sections[location[0]].model_fields if location else Recipe.model_fields)

@@ -6,6 +6,7 @@ The scheduler drives the raw optimizer and is never handed to Accelerate: one th
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import math
@@ -20,7 +21,6 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from lrd import recipe as recipes
 from lrd.errors import UserError, first_line
-from lrd.optim import build_optimizer
 
 NAMES = ("constant", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "ReduceLROnPlateau", "LambdaLR")
 _FUNCTIONS: dict[str, Callable[..., float]] = {
@@ -123,13 +123,12 @@ def trajectory(recipe: recipes.Recipe, steps_per_epoch: int) -> dict[str, list[f
 
     ReduceLROnPlateau answers to results, which nobody has yet: its line is what it is when the metric never stalls.
     """
-    groups = recipe.optimizer.groups
-    model = torch.nn.Module()  # stands in for the network: one parameter named to match each group
-    for name in ["rest", *(group.patterns[0] for group in groups)]:
-        holder = torch.nn.Parameter(torch.zeros(()))
-        model._parameters[name] = holder
-    plain = recipe.model_copy(update={"lr_dropout": None})
-    optimizer = build_optimizer(model, plain)
+    section = recipe.optimizer
+    lrs = {"group0": section.lr}
+    for i, own in enumerate(section.groups):
+        lrs[own.name or f"group{i + 1}"] = section.lr if own.lr is None else own.lr
+    groups = [{"name": name, "lr": lr, "params": [torch.zeros(())]} for name, lr in lrs.items()]
+    optimizer = torch.optim.SGD(groups)  # whichever optimizer it is, the schedule sees lr alone
     total = run_length(recipe, steps_per_epoch)
     schedule = Schedule(optimizer, recipe.schedule, recipe.trainer.epochs * steps_per_epoch, steps_per_epoch)
     lines: dict[str, list[float]] = {group["name"]: [] for group in optimizer.param_groups}
@@ -155,17 +154,19 @@ def expression(text: str, total: int) -> Callable[[int], float]:
     Raises:
         UserError: no such expression, or it gives no finite number >= 0 somewhere in the run's first or last position.
     """
-    evaluator = simpleeval.SimpleEval(functions=_FUNCTIONS, names={"t": 0, "total": total, "pi": math.pi, "e": math.e})
+    names = {"t": 0, "total": total, "pi": math.pi, "e": math.e}
+    evaluator = simpleeval.SimpleEval(functions=_FUNCTIONS, names=names, allowed_attrs={})
     try:
+        ast.parse(text.strip(), mode="eval")  # one expression: no assignment, no second statement
         parsed = evaluator.parse(text)
-    except (simpleeval.InvalidExpression, SyntaxError) as error:
+    except (simpleeval.InvalidExpression, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"schedule.lr_lambda: {text!r} is no expression: {first_line(error)}") from None
 
     def factor(t: int) -> float:
         evaluator.names["t"] = t
         try:
             value = float(evaluator.eval(text, previously_parsed=parsed))
-        except (simpleeval.InvalidExpression, ArithmeticError, TypeError, ValueError) as error:
+        except (simpleeval.InvalidExpression, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"schedule.lr_lambda: {text!r} at t={t}: {first_line(error)}") from None
         if not (math.isfinite(value) and value >= 0.0):
             raise UserError(f"schedule.lr_lambda: {text!r} is {value} at t={t}; a factor is finite and not negative")

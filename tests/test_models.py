@@ -91,6 +91,12 @@ def test_another_seed_gives_other_weights(layer):
     assert not torch.equal(one, other)
 
 
+def test_convolutions_begin_with_he_et_als_scale():
+    weight = build(width=16).get_submodule("layer4.0.conv1").weight
+    fan_out = weight.shape[0] * 9
+    assert float(weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+
+
 def test_building_a_model_does_not_disturb_the_global_generator():
     state = torch.get_rng_state()
     build(seed=5)

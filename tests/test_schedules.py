@@ -292,15 +292,19 @@ def test_an_expression_that_turns_bad_on_the_way_is_told_with_its_position():
 REFUSED = [
     ({"name": "StepRL", "step_size": 3}, r"schedule\.name: .*did you mean StepLR"),
     ({"name": "OneCycleLR"}, r"schedule\.name: is 'OneCycleLR', may be constant, StepLR"),
-    ({"name": "StepLR", "step_sise": 3}, r"schedule\.step_sise: StepLR has no such argument; it has step_size, gamma"),
+    ({"name": "StepLR", "step_sise": 3}, r"schedule\.step_sise: unknown key; .*did you mean step_size"),
     ({"name": "StepLR", "step_size": 3, "last_epoch": 4}, r"schedule\.last_epoch: "),
     ({"name": "StepLR", "step_size": 3, "optimizer": 4}, r"schedule\.optimizer: "),
     ({"name": "constant", "gamma": 0.5}, r"schedule\.gamma: a constant schedule"),
     ({"name": "ExponentialLR"}, r"schedule: ExponentialLR refuses: .*gamma"),
-    ({"name": "MultiStepLR", "milestones": 100}, r"schedule: MultiStepLR refuses"),
-    ({"name": "ReduceLROnPlateau", "factor": 2.0}, r"schedule: ReduceLROnPlateau refuses: Factor"),
-    ({"name": "ReduceLROnPlateau", "mode": "low"}, r"schedule: ReduceLROnPlateau refuses: mode"),
-    ({"name": "ReduceLROnPlateau", "min_lr": [0.1, 0.1, 0.1]}, r"schedule: ReduceLROnPlateau refuses: .*min_lr"),
+    (
+        {"name": "StepLR", "step_size": 3, "T_max": 4},
+        r"schedule\.T_max: StepLR has no such argument; it has step_size, gamma",
+    ),
+    ({"name": "MultiStepLR", "milestones": 100}, r"schedule\.milestones: is 100"),
+    ({"name": "ReduceLROnPlateau", "factor": 2.0}, r"schedule\.factor: is 2.0"),
+    ({"name": "ReduceLROnPlateau", "mode": "low"}, r"schedule\.mode: is .low."),
+    ({"name": "ReduceLROnPlateau", "min_lr": [0.1, 0.1, 0.1]}, r"schedule\.min_lr: is "),
     ({"name": "ReduceLROnPlateau", "unit": "step"}, r"schedule\.unit: is 'step'"),
     ({"name": "LambdaLR", "lr_lambda": "oops"}, r"schedule\.lr_lambda: 'oops'"),
     ({"unit": "steps"}, r"test: schedule\.unit: is 'steps'"),
@@ -311,7 +315,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_what_is_wrong_is_told_by_its_key(values, message):
-    with pytest.raises(UserError, match="^" + message):
+    with pytest.raises(UserError, match="^(test: )?" + message):
         schedules.trajectory(recipe.parse({"schedule": values}, "test"), STEPS_PER_EPOCH)
 
 
@@ -331,7 +335,7 @@ def test_what_is_wrong_is_told_by_its_key(values, message):
     ids=str,
 )
 def test_a_value_with_which_no_lr_can_be_computed_is_refused_though_torch_takes_it(values):
-    with pytest.raises(UserError, match=r"^schedule"):
+    with pytest.raises(UserError, match=r"^(test: )?schedule"):
         schedules.trajectory(recipe.parse({"schedule": values, "trainer": {"epochs": 6}}, "test"), STEPS_PER_EPOCH)
 
 
