@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
@@ -92,4 +96,6 @@ class Progress:
         kept = ", ".join(checkpoint.name(step) for step in checkpoint.steps(job.run_dir.path))
         rows.append(("checkpoints", kept))
         console.table(str(job.run_dir.path), ["", ""], rows)
-        console.say(f"look at it: tensorboard --logdir {job.run_dir.path.parent} --samples_per_plugin scalars=100000")
+        beside_python = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+        command = "tensorboard" if shutil.which("tensorboard") else beside_python
+        console.say(f"look at it: {command} --logdir {job.run_dir.path.parent} --samples_per_plugin scalars=100000")

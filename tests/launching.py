@@ -30,8 +30,8 @@ def command(ranks: int, target: list[str], config: str = "cpu.yaml") -> list[str
     return [*launcher, "--num_processes", str(ranks), *target]
 
 
-def train_command(ranks: int, run_dir: Path, *overrides: str) -> list[str]:
-    return command(ranks, ["-m", "lrd.train", RECIPE, f"run_dir={run_dir}", *SMALL, *overrides])
+def train_command(ranks: int, run_dir: Path, *overrides: str, config: str = "cpu.yaml") -> list[str]:
+    return command(ranks, ["-m", "lrd.train", RECIPE, f"run_dir={run_dir}", *SMALL, *overrides], config)
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from launching import RECIPE, ROOT, SMALL, command, launch, train_command
 
 
@@ -47,12 +48,18 @@ def test_replicas_that_differ_stop_the_run_with_rank_and_parameter_named(tmp_pat
             "lrd: data.batch_size: is 63, which 2 rank(s) x 1 accumulation step(s)",
         ),
         ("optimizer.betas=[0.9, 0.99]", "cpu.yaml", "lrd: optimizer.betas: SGD has no such argument"),
+        pytest.param(
+            "seed=1",
+            "gpus.yaml",
+            "lrd: the launch file asks for GPUs, but this host has no CUDA device that torch can use",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a CUDA device"),
+        ),
     ],
 )
 def test_an_error_of_the_user_is_one_line_under_the_launcher(
     tmp_path: Path, override: str, config: str, line: str
 ) -> None:
-    done = launch(train_command(2, tmp_path / "run", override))
+    done = launch(train_command(2, tmp_path / "run", override, config=config))
     assert done.returncode != 0
     output = done.stdout + done.stderr
     assert output.count(line) == 1
