@@ -12,6 +12,7 @@ is dropped. The mask needs no communication: ranks with the same seed and update
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lrd import mask
-
-_CHUNK = 1 << 18  # elements selected at a time on a CPU: the temporaries stay in the cache
-_SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from lrd import controls, kernels, mask
 
 
 class LRDropout:
@@ -32,8 +30,8 @@ class LRDropout:
 
     What defines the masks lives in `optimizer.param_groups`, so that `state_dict` carries it and each group can have
     its own: `keep_prob` (may be changed at any time, e.g. by a schedule), `mask_seed`, `mask_granularity`,
-    `mask_rescale`, and `mask_step`, the number of updates done. Groups added later get the values given here. An update
-    at lr 0 that moves nothing does not count, nor does one that a GradScaler skips.
+    `mask_rescale`, `masks`, and `mask_step`, the number of updates done. Groups added later get the values given here.
+    An update at lr 0 that moves nothing does not count, nor does one that a GradScaler skips.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; groups may already have a `keep_prob` of their own.
@@ -42,9 +40,12 @@ class LRDropout:
         granularity: `element` (the paper), `row`, `column` or `tensor`: what shares one draw, see `lrd.mask.keep_mask`.
         rescale: divide a kept element's update by `keep_prob` (as the mask rounds it, to 2**-16), so that the expected
             update is the optimizer's own (SkipUpdate, Joo et al., arXiv 2602.15322; not in the paper).
+        masks: what the mask is laid on. `update` is learning rate dropout; the others are controls to compare it with:
+            `gradient` masks the gradient, so that momentum and moments see zeros too; `momentum_buffer` masks SGD's
+            momentum buffer, the fault of the first public implementation (see docs/learning-rate-dropout.md).
 
     Raises:
-        ValueError: an argument out of its range, or an optimizer that has LRDropout attached already.
+        ValueError: an argument out of its range, or an optimizer that has LRDropout attached already or cannot take it.
 
     Memory: one copy of the parameters that are masked.
     """
@@ -56,9 +57,11 @@ class LRDropout:
         seed: int = 0,
         granularity: str = "element",
         rescale: bool = False,
+        masks: str = "update",
     ) -> None:
         if attached(optimizer) is not None:
             raise ValueError("optimizer has LRDropout attached already; remove() the first one")
+        controls.check(optimizer, masks)
         self.optimizer = optimizer
         self._defaults: dict[str, Any] = {
             "keep_prob": mask.check_keep_prob(keep_prob),
@@ -66,6 +69,7 @@ class LRDropout:
             "mask_step": 0,
             "mask_granularity": mask.check_granularity(granularity),
             "mask_rescale": bool(rescale),
+            "masks": masks,
         }
         for group in optimizer.param_groups:
             mask.check_keep_prob(group.get("keep_prob", keep_prob))
@@ -75,7 +79,10 @@ class LRDropout:
         self._remembered: set[int] = set()
         self._latest: list[_Moved] = []
         self._own: list[dict[str, Any]] = []
+        self._gradients: list[tuple[Tensor, Tensor]] = []  # with masks="gradient": parameter and its own gradient
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
+        # torch leaves hooks out of copies and pickles; this attaches LRDropout to the copy.
+        optimizer.__reduce_ex__ = self._copies  # type: ignore[method-assign]
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._put_back),
@@ -93,7 +100,14 @@ class LRDropout:
                 group.pop(key, None)
         self._before.clear()
         self._latest.clear()
-        self.optimizer._lr_dropout = None  # type: ignore[attr-defined]
+        del self.optimizer._lr_dropout, self.optimizer.__reduce_ex__  # type: ignore[attr-defined]
+
+    def _copies(self, _protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self.optimizer), self.optimizer.__getstate__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with its optimizer."""
+        return attached, (self.optimizer,)
 
     def kept_fractions(self) -> list[float]:
         """For each group, the fraction of its elements that the latest update kept; 0 where it moved none.
@@ -151,11 +165,16 @@ class LRDropout:
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the step: copy what may have to be put back."""
         has_closure = any(arg is not None for arg in (*args[1:], *kwargs.values()))  # gradients may come in the step
-        groups = optimizer.param_groups
-        masked = [mask.check_keep_prob(group["keep_prob"]) < 1.0 or _is_zero(group.get("lr")) for group in groups]
         self._remembered = set()
+        for group in optimizer.param_groups:
+            mask.check_keep_prob(group["keep_prob"])
         for number, index, param in self._parameters():
-            if masked[number] and (has_closure or param.grad is not None):
+            group = optimizer.param_groups[number]
+            if not has_closure and param.grad is None:
+                continue
+            if group["masks"] == "gradient" and group["keep_prob"] < 1.0:
+                self._mask_gradient(index, param, group)
+            if (group["masks"] != "gradient" and group["keep_prob"] < 1.0) or _is_zero(group.get("lr")):
                 before = self._before.get(index)
                 if before is None or not _alike(before, param):
                     before = self._before[index] = torch.empty_like(param)
@@ -166,6 +185,9 @@ class LRDropout:
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After the step: dropped elements get their old bits back, and the update counts."""
         self._latest = []
+        for param, gradient in self._gradients:
+            param.grad = gradient
+        self._gradients = []
         if _is_skipped(optimizer):
             return
         by_group: list[list[tuple[int, Tensor]]] = [[] for _ in optimizer.param_groups]
@@ -176,30 +198,57 @@ class LRDropout:
             if _is_zero(group.get("lr")) and self._is_at_rest(moved):
                 continue
             for index, param in moved:
-                self._mask(number, index, param, group)
+                position, shape = _position(index, group), tuple(kernels.real(param).shape)
+                self._latest.append(_Moved(number, shape, mask.draw_shape(shape, group["mask_granularity"]), position))
+                if group["keep_prob"] < 1.0 and group["masks"] != "gradient":
+                    self._mask_update(index, param, group)
             group["mask_step"] += 1
 
-    def _mask(self, number: int, index: int, param: Tensor, group: dict[str, Any]) -> None:
-        keep_prob, granularity = group["keep_prob"], group["mask_granularity"]
-        position = {"seed": group["mask_seed"], "step": group["mask_step"], "index": index, "keep_prob": keep_prob}
-        new = _real(param)
-        shape = tuple(new.shape)
-        self._latest.append(_Moved(number, shape, mask.draw_shape(shape, granularity), position))
-        if keep_prob == 1.0:
-            return
+    def _mask_update(self, index: int, param: Tensor, group: dict[str, Any]) -> None:
         if index not in self._remembered:
             raise RuntimeError(
                 f"parameter {index} got its gradient in a step hook that ran after LRDropout's; "
                 "register that hook before LRDropout is attached"
             )
-        old = _real(self._before[index])
+        new, old = kernels.real(param), kernels.real(self._before[index])
+        keep = _draw(index, new, group)
         if group["mask_rescale"]:
-            new.sub_(old).div_(mask.effective_keep_prob(keep_prob)).add_(old)
-        _select(new, old, mask.keep_mask(shape, granularity=granularity, device=new.device, **position))
+            new.sub_(old).div_(mask.effective_keep_prob(group["keep_prob"])).add_(old)
+        kernels.select(new, old, keep)
+        if group["masks"] == "momentum_buffer":
+            kernels.real(self.optimizer.state[param]["momentum_buffer"]).masked_fill_(~keep, 0.0)
+
+    def _mask_gradient(self, index: int, param: Tensor, group: dict[str, Any]) -> None:
+        if param.grad is None:
+            raise RuntimeError("masks='gradient' needs the gradient before the step: it does not work with a closure")
+        self._gradients.append((param, param.grad))
+        masked = param.grad.clone()
+        kernels.real(masked).masked_fill_(~_draw(index, kernels.real(masked), group), 0.0)
+        param.grad = masked.div_(mask.effective_keep_prob(group["keep_prob"])) if group["mask_rescale"] else masked
 
     def _is_at_rest(self, params: list[tuple[int, Tensor]]) -> bool:
         """Whether a step at lr 0 moved nothing. Rprop and ASGD do move then: they have step sizes of their own."""
-        return all(torch.equal(_bits(param), _bits(self._before[index])) for index, param in params)
+        return all(torch.equal(kernels.bits(param), kernels.bits(self._before[index])) for index, param in params)
+
+
+def _position(index: int, group: dict[str, Any]) -> dict[str, Any]:
+    own = {"seed": group["mask_seed"], "step": group["mask_step"], "keep_prob": group["keep_prob"]}
+    return {**own, "index": index}
+
+
+def _draw(index: int, like: Tensor, group: dict[str, Any]) -> Tensor:
+    position, granularity = _position(index, group), group["mask_granularity"]
+    return mask.keep_mask(tuple(like.shape), granularity=granularity, device=like.device, **position)
+
+
+def _rebuild(cls: type[Optimizer], state: dict[str, Any]) -> Optimizer:
+    optimizer = cls.__new__(cls)
+    optimizer.__setstate__(state)
+    keys = ("keep_prob", "mask_seed", "mask_granularity", "mask_rescale", "masks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the first one was attached
+        LRDropout(optimizer, *(optimizer.defaults[key] for key in keys))
+    return optimizer
 
 
 def attached(optimizer: Optimizer) -> LRDropout | None:
@@ -218,16 +267,6 @@ class _Moved:
     position: dict[str, Any]
 
 
-def _real(param: Tensor) -> Tensor:
-    """A complex parameter's real view: its real and imaginary parts are elements of their own."""
-    return torch.view_as_real(param) if param.is_complex() else param
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    real = _real(tensor)
-    return real.view(_SAME_SIZE_INT[real.element_size()])
-
-
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
@@ -243,25 +282,3 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether GradScaler has a fused optimizer's kernel skip this step: other optimizers it does not even call."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
-
-
-def _chunks(size: int, row: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(1, row))
-    return (slice(start, start + step) for start in range(0, size, step))
-
-
-def _select(new: Tensor, old: Tensor, keep: Tensor) -> None:
-    """new <- where(keep, new, old), in place and bit for bit.
-
-    On a CPU torch.where takes one branch an element, mispredicted half the time: 73 ms for ResNet-34 on one thread
-    where AND and XOR on the bits take 15.
-    """
-    if new.device.type != "cpu" or keep.shape != new.shape or new.dim() == 0:
-        torch.where(keep, new, old, out=new)
-        return
-    dtype = _SAME_SIZE_INT[new.element_size()]
-    new, old = new.view(dtype), old.view(dtype)
-    for part in _chunks(new.shape[0], new[0].numel()):
-        changed = torch.bitwise_xor(new[part], old[part])
-        kept_bits = torch.empty_like(changed).copy_(keep[part]).neg_()  # all ones where kept
-        torch.bitwise_xor(old[part], changed.bitwise_and_(kept_bits), out=new[part])

@@ -125,6 +125,9 @@ class LRDropout(Section):
     seed: Int | None = Field(None, ge=0, lt=1 << 64, description="of the masks; default: the recipe's seed")
     granularity: Granularity = "element"
     rescale: bool = False
+    masks: Literal["update", "gradient", "momentum_buffer"] = Field(
+        "update", description="`update` is LRD, the others controls"
+    )
 
 
 class Schedule(Section):
