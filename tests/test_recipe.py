@@ -311,3 +311,12 @@ def test_what_decides_about_the_numbers_changes_mathematics_and_digest(tmp_path,
 
 def test_switching_lr_dropout_on_changes_the_digest_even_where_it_drops_nothing(tmp_path):
     assert load(tmp_path, "").digest() != load(tmp_path, "", "lr_dropout.keep_prob=1").digest()
+
+
+@pytest.mark.parametrize("section", [None, *Recipe.model_fields])
+def test_the_documents_name_every_key(section):
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    parts = {"lr_dropout": recipes.LRDropout}
+    model = Recipe if section is None else parts.get(section, Recipe.model_fields[section].annotation)
+    keys = model.model_fields if hasattr(model, "model_fields") else {}
+    assert [key for key in keys if f"`{key}`" not in text] == []
