@@ -129,6 +129,8 @@ def set_up(recipe: recipes.Recipe) -> Job:
     job.model, job.prepared_optimizer = accelerator.prepare(job.network, job.optimizer)
     if recipe.trainer.compile:
         job.network.compile()
+    if accelerator.num_processes > 2:
+        _settle_buckets(job)
     if job.run_dir is not None:
         job.run_dir.write("recipe.yaml", recipe.dump())
         job.tracker = Tracker(job.run_dir.path, job.step, recipe, job.network, job.optimizer)
@@ -161,6 +163,22 @@ def _build(recipe: recipes.Recipe, accelerator: Accelerator, dataset: data.Datas
         recipe, accelerator, dataset, batches, network, network, optimizer, AcceleratedOptimizer(optimizer), schedule,
         total_steps=run_length(recipe, batches.steps_per_epoch), identity=identity,
     )  # fmt: skip
+
+
+def _settle_buckets(job: Job) -> None:
+    """Two passes that leave no trace, so that DDP's buckets are the same in the first step of each start.
+
+    After its first backward DDP regroups the gradients into other buckets, and with them the order in which the ranks'
+    sums are taken. Two ranks do not notice, for a + b = b + a; from three on a resumed run would differ from one that was
+    not interrupted.
+    """
+    inputs, _ = job.batches(0)
+    buffers = [buffer.clone() for buffer in job.network.buffers()]
+    for _ in range(2):
+        job.accelerator.backward(job.model(inputs if job.recipe.trainer.compile else inputs[:2]).sum())
+    for buffer, before in zip(job.network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    job.network.zero_grad()
 
 
 def _open_run_dir(job: Job) -> tuple[Path, checkpoint.State | None]:

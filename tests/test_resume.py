@@ -112,3 +112,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on after step 12" in done.stdout
     assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == list(range(1, 45))
+
+
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_more_ranks_than_two_resume_exactly_too(tmp_path: Path, ranks: int) -> None:
+    overrides = ["trainer.epochs=1", "data.batch_size=96"]
+    assert launch(train_command(ranks, tmp_path / "whole", *overrides)).returncode == 0
+    assert launch(train_command(ranks, tmp_path / "parts", *overrides, "trainer.max_steps=6")).returncode == 0
+    assert launch(train_command(ranks, tmp_path / "parts", *overrides)).returncode == 0
+    weights, optimizer, _ = final_state(tmp_path / "parts")
+    expected_weights, expected_optimizer, _ = final_state(tmp_path / "whole")
+    assert_equal(weights, expected_weights)
+    assert_equal(optimizer, expected_optimizer)
