@@ -169,8 +169,8 @@ def _settle_buckets(job: Job) -> None:
     """Two passes that leave no trace, so that DDP's buckets are the same in the first step of each start.
 
     After its first backward DDP regroups the gradients into other buckets, and with them the order in which the ranks'
-    sums are taken. Two ranks do not notice, for a + b = b + a; from three on a resumed run would differ from one that was
-    not interrupted.
+    sums are taken. Two ranks do not notice, for a + b = b + a; from three on a resumed run would differ from one that
+    was not interrupted.
     """
     inputs, _ = job.batches(0)
     buffers = [buffer.clone() for buffer in job.network.buffers()]
