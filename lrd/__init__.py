@@ -7,6 +7,7 @@ The import is cheap: torch and NumPy, nothing else.
 """
 
 from lrd.dropout import LRDropout
+from lrd.magma import Magma
 
-__all__ = ["LRDropout", "__version__"]
+__all__ = ["LRDropout", "Magma", "__version__"]
 __version__ = "0.1.0"

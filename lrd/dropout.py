@@ -103,7 +103,11 @@ class LRDropout:
         del self.optimizer._lr_dropout, self.optimizer.__reduce_ex__  # type: ignore[attr-defined]
 
     def _copies(self, _protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self.optimizer), self.optimizer.__getstate__())
+        return _rebuild, (type(self), self._arguments(), type(self.optimizer), self.optimizer.__getstate__())
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """What `__init__` was given, after the optimizer."""
+        return tuple(value for key, value in self._defaults.items() if key != "mask_step")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with its optimizer."""
@@ -241,13 +245,14 @@ def _draw(index: int, like: Tensor, group: dict[str, Any]) -> Tensor:
     return mask.keep_mask(tuple(like.shape), granularity=granularity, device=like.device, **position)
 
 
-def _rebuild(cls: type[Optimizer], state: dict[str, Any]) -> Optimizer:
+def _rebuild(
+    kind: type[LRDropout], arguments: tuple[Any, ...], cls: type[Optimizer], state: dict[str, Any]
+) -> Optimizer:
     optimizer = cls.__new__(cls)
     optimizer.__setstate__(state)
-    keys = ("keep_prob", "mask_seed", "mask_granularity", "mask_rescale", "masks")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the first one was attached
-        LRDropout(optimizer, *(optimizer.defaults[key] for key in keys))
+        kind(optimizer, *arguments)
     return optimizer
 
 

@@ -22,8 +22,8 @@ TIMEOUT = 120
 
 
 def command(ranks: int, target: list[str], config: str = "cpu.yaml") -> list[str]:
-    """`target` (`-m module` or a script, and its arguments) on so many CPU ranks; one rank needs no launcher."""
-    if ranks == 1:
+    """`target` (`-m module` or a script, and its arguments) on so many ranks; one CPU rank needs no launcher."""
+    if ranks == 1 and config == "cpu.yaml":
         return [sys.executable, *target]
     config_file = str(ROOT / "launch" / "accelerate" / config)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]

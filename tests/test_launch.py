@@ -40,29 +40,34 @@ def test_replicas_that_differ_stop_the_run_with_rank_and_parameter_named(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("override", "config", "line"),
+    ("ranks", "config", "override", "line"),
     [
-        (
-            "data.batch_size=63",
-            "cpu.yaml",
-            "lrd: data.batch_size: is 63, which 2 rank(s) x 1 accumulation step(s)",
-        ),
-        ("optimizer.betas=[0.9, 0.99]", "cpu.yaml", "lrd: optimizer.betas: SGD has no such argument"),
+        (2, "cpu.yaml", "data.batch_size=63", "data.batch_size: is 63, which 2 rank(s) x 1 accumulation step(s)"),
+        (2, "cpu.yaml", "optimizer.betas=[0.9, 0.99]", "optimizer.betas: SGD has no such argument"),
         pytest.param(
-            "seed=1",
-            "gpus.yaml",
-            "lrd: the launch file asks for GPUs, but this host has no CUDA device that torch can use",
+            *(
+                1,
+                "gpu.yaml",
+                "seed=1",
+                "the launch file asks for GPUs, but this host has no CUDA device that torch can use",
+            ),
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a CUDA device"),
         ),
     ],
 )
 def test_an_error_of_the_user_is_one_line_under_the_launcher(
-    tmp_path: Path, override: str, config: str, line: str
+    tmp_path: Path, ranks: int, config: str, override: str, line: str
 ) -> None:
-    done = launch(train_command(2, tmp_path / "run", override, config=config))
+    done = launch(train_command(ranks, tmp_path / "run", override, config=config))
     assert done.returncode != 0
     output = done.stdout + done.stderr
-    assert output.count(line) == 1
-    assert "exitcode  : 2" in output  # what the launcher says of a rank; its own status is always 1
+    assert output.count(f"lrd: {line}") == 1
+    assert "exitcode  : 2" in output or "exit status 2" in output  # what the launcher says of a rank; its own is 1
     assert "lrd/train.py" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_under_the_launcher(tmp_path: Path) -> None:
+    done = launch(train_command(1, tmp_path / "run", "trainer.max_steps=3", config="cpu-1.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 on cpu" in done.stdout
