@@ -82,6 +82,13 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def speaks() -> bool:
+    """Whether this rank is to say what went wrong: rank 0, for all have the same error; before they met, one a host."""
+    if dist.is_initialized():
+        return bool(dist.get_rank() == 0)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def describe_rank() -> str:
     return f"rank {dist.get_rank() if dist.is_initialized() else 0} on {socket.gethostname()}"
 

@@ -131,9 +131,7 @@ def set_up(recipe: recipes.Recipe) -> Job:
         job.network.compile()
     if accelerator.num_processes > 2:
         _settle_buckets(job)
-    if job.run_dir is not None:
-        job.run_dir.write("recipe.yaml", recipe.dump())
-        job.tracker = Tracker(job.run_dir.path, job.step, recipe, job.network, job.optimizer)
+    distributed.on_main(lambda: _open_books(job))
     return job
 
 
@@ -179,6 +177,12 @@ def _settle_buckets(job: Job) -> None:
     for buffer, before in zip(job.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
     job.network.zero_grad()
+
+
+def _open_books(job: Job) -> None:
+    assert job.run_dir is not None
+    job.run_dir.write("recipe.yaml", job.recipe.dump())
+    job.tracker = Tracker(job.run_dir.path, job.step, job.recipe, job.network, job.optimizer)
 
 
 def _open_run_dir(job: Job) -> tuple[Path, checkpoint.State | None]:

@@ -166,7 +166,7 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     except UserError as error:
         if job is not None:
             job.report("failed", message=str(error))
-        if console.is_main_process():
+        if distributed.speaks():
             for line in str(error).splitlines():
                 console.complain(f"lrd: {line}")
         return error.status
