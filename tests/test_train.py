@@ -83,3 +83,10 @@ def test_a_run_in_two_parts_equals_the_run_in_one(tmp_path: Path, name: str) -> 
 @pytest.mark.slow
 def test_a_compiled_run_in_two_parts_equals_the_run_in_one(tmp_path: Path) -> None:
     in_two_parts(tmp_path, ["trainer.compile=true"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["Nesterov", "Adam", "groups", "bf16", "channels_last, crop and flip"])
+def test_on_cuda_a_deterministic_run_in_two_parts_equals_the_run_in_one(tmp_path: Path, name: str) -> None:
+    in_two_parts(tmp_path, [*CASES[name], "trainer.device=cuda", "trainer.deterministic=true"])
