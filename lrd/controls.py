@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -23,10 +25,20 @@ def check(optimizer: Optimizer, masks: str) -> None:
     """Raise ValueError where an optimizer cannot take such masks; warn of the one that is a fault."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(_LBFGS)
+    for group in optimizer.param_groups:
+        check_group(optimizer, group, masks)
+    if masks == "momentum_buffer":
+        frame, level = sys._getframe(), 1  # up to the line outside of lrd that asked for it
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith("lrd."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(FORGETS, stacklevel=level)
+
+
+def check_group(optimizer: Optimizer, group: dict[str, Any], masks: str) -> None:
+    """Raise ValueError where a parameter group cannot take such masks."""
     if masks not in MASKS:
         raise ValueError(f"masks must be one of {', '.join(MASKS)}, not {masks!r}")
     if masks == "momentum_buffer":
-        groups = optimizer.param_groups
-        if not isinstance(optimizer, torch.optim.SGD) or any(not g["momentum"] or g["nesterov"] for g in groups):
+        is_sgd = isinstance(optimizer, torch.optim.SGD)
+        if not is_sgd or not group["momentum"] or group["nesterov"]:
             raise ValueError(f"{FORGETS}; it needs torch.optim.SGD with momentum and without Nesterov")
-        warnings.warn(FORGETS, stacklevel=4)

@@ -35,9 +35,8 @@ def start(trainer: recipes.Trainer) -> Accelerator:
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif not use_cpu:
-        torch.backends.cudnn.benchmark = True
+    if not use_cpu:
+        torch.backends.cudnn.benchmark = not trainer.deterministic
     return Accelerator(
         cpu=use_cpu,
         mixed_precision="bf16" if trainer.precision == "bf16" else "no",

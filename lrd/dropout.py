@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lrd import controls, kernels, mask
+from lrd import controls, kernels, mask, settings
 
 
 class LRDropout:
@@ -31,7 +31,7 @@ class LRDropout:
     What defines the masks lives in `optimizer.param_groups`, so that `state_dict` carries it and each group can have
     its own: `keep_prob` (may be changed at any time, e.g. by a schedule), `mask_seed`, `mask_granularity`,
     `mask_rescale`, `masks`, and `mask_step`, the number of updates done. Groups added later get the values given here.
-    An update at lr 0 that moves nothing does not count, nor does one that a GradScaler skips.
+    An update at lr 0 that moves nothing does not count, nor does one without gradients or that a GradScaler skips.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; groups may already have a `keep_prob` of their own.
@@ -79,7 +79,7 @@ class LRDropout:
         self._remembered: set[int] = set()
         self._latest: list[_Moved] = []
         self._own: list[dict[str, Any]] = []
-        self._gradients: list[tuple[Tensor, Tensor]] = []  # with masks="gradient": parameter and its own gradient
+        self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []  # masks="gradient": parameter, its own and masked
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
         # torch leaves hooks out of copies and pickles; this attaches LRDropout to the copy.
         optimizer.__reduce_ex__ = self._copies  # type: ignore[method-assign]
@@ -92,6 +92,8 @@ class LRDropout:
 
     def remove(self) -> None:
         """Detach: the optimizer and its groups are as if LRDropout had never been there."""
+        if attached(self.optimizer) is not self:
+            return
         for handle in self._handles:
             handle.remove()
         for key in self._defaults:
@@ -165,44 +167,48 @@ class LRDropout:
                     yield number, index, param
                 index += 1
 
+    # A compiled step calls the hooks as they are: masks are drawn outside of its graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the step: copy what may have to be put back."""
         has_closure = any(arg is not None for arg in (*args[1:], *kwargs.values()))  # gradients may come in the step
         self._remembered = set()
+        self._restore_gradients()  # of a step that failed, if any
         for group in optimizer.param_groups:
-            mask.check_keep_prob(group["keep_prob"])
+            settings.check(optimizer, group)
         for number, index, param in self._parameters():
             group = optimizer.param_groups[number]
             if not has_closure and param.grad is None:
                 continue
             if group["masks"] == "gradient" and group["keep_prob"] < 1.0:
                 self._mask_gradient(index, param, group)
-            if (group["masks"] != "gradient" and group["keep_prob"] < 1.0) or _is_zero(group.get("lr")):
+            if (group["masks"] != "gradient" and group["keep_prob"] < 1.0) or settings.is_zero(group.get("lr")):
                 before = self._before.get(index)
                 if before is None or not _alike(before, param):
                     before = self._before[index] = torch.empty_like(param)
                 before.copy_(param)
                 self._remembered.add(index)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After the step: dropped elements get their old bits back, and the update counts."""
         self._latest = []
-        for param, gradient in self._gradients:
-            param.grad = gradient
-        self._gradients = []
+        self._restore_gradients()
         if _is_skipped(optimizer):
             return
         by_group: list[list[tuple[int, Tensor]]] = [[] for _ in optimizer.param_groups]
         for number, index, param in self._parameters():
             if param.grad is not None:
                 by_group[number].append((index, param))
+        if not any(by_group):
+            return
         for number, (group, moved) in enumerate(zip(optimizer.param_groups, by_group, strict=True)):
-            if _is_zero(group.get("lr")) and self._is_at_rest(moved):
+            if settings.is_zero(group.get("lr")) and self._is_at_rest(moved):
                 continue
             for index, param in moved:
-                position, shape = _position(index, group), tuple(kernels.real(param).shape)
+                position, shape = settings.position(index, group), tuple(kernels.real(param).shape)
                 self._latest.append(_Moved(number, shape, mask.draw_shape(shape, group["mask_granularity"]), position))
                 if group["keep_prob"] < 1.0 and group["masks"] != "gradient":
                     self._mask_update(index, param, group)
@@ -215,7 +221,7 @@ class LRDropout:
                 "register that hook before LRDropout is attached"
             )
         new, old = kernels.real(param), kernels.real(self._before[index])
-        keep = _draw(index, new, group)
+        keep = settings.draw(index, new, group)
         if group["mask_rescale"]:
             new.sub_(old).div_(mask.effective_keep_prob(group["keep_prob"])).add_(old)
         kernels.select(new, old, keep)
@@ -225,24 +231,24 @@ class LRDropout:
     def _mask_gradient(self, index: int, param: Tensor, group: dict[str, Any]) -> None:
         if param.grad is None:
             raise RuntimeError("masks='gradient' needs the gradient before the step: it does not work with a closure")
-        self._gradients.append((param, param.grad))
+        if param.grad.is_sparse:
+            raise RuntimeError("masks='gradient' does not work with sparse gradients")
         masked = param.grad.clone()
-        kernels.real(masked).masked_fill_(~_draw(index, kernels.real(masked), group), 0.0)
-        param.grad = masked.div_(mask.effective_keep_prob(group["keep_prob"])) if group["mask_rescale"] else masked
+        kernels.real(masked).masked_fill_(~settings.draw(index, kernels.real(masked), group), 0.0)
+        if group["mask_rescale"]:
+            masked.div_(mask.effective_keep_prob(group["keep_prob"]))
+        self._gradients.append((param, param.grad, masked))
+        param.grad = masked
+
+    def _restore_gradients(self) -> None:
+        for param, own, masked in self._gradients:
+            if param.grad is masked:
+                param.grad = own
+        self._gradients = []
 
     def _is_at_rest(self, params: list[tuple[int, Tensor]]) -> bool:
         """Whether a step at lr 0 moved nothing. Rprop and ASGD do move then: they have step sizes of their own."""
         return all(torch.equal(kernels.bits(param), kernels.bits(self._before[index])) for index, param in params)
-
-
-def _position(index: int, group: dict[str, Any]) -> dict[str, Any]:
-    own = {"seed": group["mask_seed"], "step": group["mask_step"], "keep_prob": group["keep_prob"]}
-    return {**own, "index": index}
-
-
-def _draw(index: int, like: Tensor, group: dict[str, Any]) -> Tensor:
-    position, granularity = _position(index, group), group["mask_granularity"]
-    return mask.keep_mask(tuple(like.shape), granularity=granularity, device=like.device, **position)
 
 
 def _rebuild(
@@ -274,13 +280,6 @@ class _Moved:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
-def _is_zero(lr: float | Tensor | None) -> bool:
-    """An lr tensor on a device is taken for non-zero: to look would be a CPU-GPU sync point each step."""
-    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
-        return False
-    return bool(lr == 0)
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -19,7 +19,8 @@ Why bit planes
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,12 +37,12 @@ RESOLUTION_BITS = 16
 _BLOCK = philox.WORDS_PER_BLOCK * philox.WORD_BITS  # elements decided by one Philox block of one plane
 
 
-def check_keep_prob(keep_prob: float) -> float:
+def check_keep_prob(keep_prob: Any) -> float:
     """Return `keep_prob` as a float, or raise ValueError where it is no number in (0, 1]."""
-    value = float(keep_prob)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"keep_prob must be in (0, 1], not {keep_prob}")
-    return value
+    is_number = isinstance(keep_prob, Real) and not isinstance(keep_prob, bool)
+    if not is_number or not 0.0 < float(keep_prob) <= 1.0:
+        raise ValueError(f"keep_prob must be in (0, 1], not {keep_prob!r}")
+    return float(keep_prob)
 
 
 def check_seed(seed: int) -> int:

@@ -68,6 +68,9 @@ class _Masked:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        theirs = list(inspect.signature(cls.__mro__[2]).parameters.values())
+        ours = [p for p in inspect.signature(_Masked.__init__).parameters.values() if p.default is not p.empty]
+        cls.__signature__ = inspect.Signature([*theirs, *ours])  # type: ignore[attr-defined]
         assert _Masked.__doc__ is not None
         cls.__doc__ = f"{cls.__doc__}\n{_Masked.__doc__.replace('{name}', cls.__name__)}"
 

@@ -619,7 +619,7 @@ def test_an_unknown_argument_is_refused_by_name(name):
 
 def test_lbfgs_is_refused_with_the_reason():
     optimizer = torch.optim.LBFGS(make_params())
-    with pytest.raises(ValueError, match="LBFGS cannot take learning rate dropout.*several times along a line"):
+    with pytest.raises(ValueError, match=r"LBFGS cannot take learning rate dropout.*several times along a line"):
         lrd.LRDropout(optimizer)
     assert attached(optimizer) is None
     assert not hasattr(lrd.optim, "LBFGS")

@@ -273,14 +273,17 @@ def test_a_later_group_without_momentum_is_refused_before_anything_moves():
     assert not late.any()
 
 
-@pytest.mark.parametrize("as_class", [True, False])
-def test_a_masked_momentum_buffer_warns_at_the_users_line(as_class):
-    params = [nn.Parameter(torch.zeros(4))]
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda params: lrd.optim.SGD(params, lr=0.1, momentum=0.9, masks="momentum_buffer"),
+        lambda params: LRDropout(torch.optim.SGD(params, lr=0.1, momentum=0.9), masks="momentum_buffer"),
+    ],
+    ids=["lrd.optim", "LRDropout"],
+)
+def test_a_masked_momentum_buffer_warns_at_the_users_line(attach):
     with pytest.warns(UserWarning, match="fault of the first public implementation") as caught:
-        if as_class:
-            lrd.optim.SGD(params, lr=0.1, momentum=0.9, masks="momentum_buffer")
-        else:
-            LRDropout(torch.optim.SGD(params, lr=0.1, momentum=0.9), masks="momentum_buffer")
+        attach([nn.Parameter(torch.zeros(4))])
     assert [warning.filename for warning in caught] == [__file__]
 
 

@@ -114,7 +114,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == list(range(1, 45))
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_more_ranks_than_two_resume_exactly_too(tmp_path: Path, ranks: int) -> None:
     overrides = ["trainer.epochs=1", "data.batch_size=96"]
     assert launch(train_command(ranks, tmp_path / "whole", *overrides)).returncode == 0

@@ -11,7 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lrd"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FLOORS = {
-    0: ("errors", "philox", "mask", "kernels", "controls", "dropout", "magma", "schema", "recipe", "vision"),
+    0: (
+        "errors",
+        "philox",
+        "mask",
+        "kernels",
+        "controls",
+        "settings",
+        "dropout",
+        "magma",
+        "schema",
+        "recipe",
+        "vision",
+    ),
     1: ("optim", "schedules", "models", "data", "distributed", "console"),
     2: ("checkpoint", "tracking", "evaluate", "report", "doctor"),
     3: ("train", "cli"),

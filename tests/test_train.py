@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from launching import final_state, scalars
 from test_resume import assert_equal
 
-from lrd.optim import NAMES
+from lrd.optim import NAMES as OPTIMIZERS
+from lrd.schedules import NAMES as SCHEDULES
 from lrd.train import run
 
 RECIPE = """
@@ -22,23 +23,39 @@ lr_dropout: {keep_prob: 0.5}
 trainer: {epochs: 2, device: cpu}
 """  # 5 steps an epoch
 GROUPS = "optimizer.groups=[{name: head, match: fc.*, lr: 0.1, keep_prob: 0.8}, {match: '*bn?.*', weight_decay: 0}]"
-SWITCHES = {
-    "Nesterov": ["optimizer.momentum=0.9", "optimizer.nesterov=true", "optimizer.weight_decay=5e-4"],
-    "no LRD": ["lr_dropout=null", "optimizer.momentum=0.9"],
-    "rows, rescaled": ["lr_dropout.granularity=row", "lr_dropout.rescale=true"],
-    "groups": [GROUPS, "optimizer.momentum=0.9"],
-    "StepLR": ["schedule.name=StepLR", "schedule.step_size=2", "schedule.unit=step", "schedule.warmup_steps=3"],
-    "MultiStepLR": ["schedule.name=MultiStepLR", "schedule.milestones=[1]"],
-    "ExponentialLR": ["schedule.name=ExponentialLR", "schedule.gamma=0.9", "schedule.unit=step"],
-    "CosineAnnealingLR": ["schedule.name=CosineAnnealingLR", "schedule.unit=step", "schedule.warmup_steps=6"],
-    "ReduceLROnPlateau": ["schedule.name=ReduceLROnPlateau", "schedule.patience=0", "schedule.threshold=1.0"],
-    "LambdaLR": ["schedule.name=LambdaLR", "schedule.lr_lambda=1 - t / total", "schedule.unit=step"],
-    "bf16": ["trainer.precision=bf16"],
-    "accumulation and clipping": ["trainer.accumulation_steps=3", "trainer.clip_norm=0.1"],
-    "channels_last, crop and flip": ["trainer.channels_last=true", "data.augment=crop_flip"],
-    "deterministic": ["trainer.deterministic=true"],
+PLATEAU = ["schedule.name=ReduceLROnPlateau", "schedule.patience=0", "schedule.threshold=1.0"]
+CASES = {
+    "SGD, no LRD": ["lr_dropout=null", "optimizer.momentum=0.9"],
+    "SGD with Nesterov, groups": [GROUPS, "optimizer.momentum=0.9", "optimizer.nesterov=true"],
+    "SGD, bf16": ["optimizer.momentum=0.9", "optimizer.weight_decay=5e-4", "trainer.precision=bf16"],
+    "Adam, rows, rescaled": ["optimizer.name=Adam", "lr_dropout.granularity=row", "lr_dropout.rescale=true"],
+    "AdamW, StepLR": [
+        *("optimizer.name=AdamW", "schedule.name=StepLR", "schedule.step_size=2", "schedule.unit=step"),
+        "schedule.warmup_steps=3",
+    ],
+    "Adamax, MultiStepLR": ["optimizer.name=Adamax", "schedule.name=MultiStepLR", "schedule.milestones=[1]"],
+    "NAdam, ExponentialLR": ["optimizer.name=NAdam", "schedule.name=ExponentialLR", "schedule.gamma=0.9"],
+    "RAdam, CosineAnnealingLR": [
+        *("optimizer.name=RAdam", "schedule.name=CosineAnnealingLR", "schedule.unit=step", "schedule.warmup_steps=6"),
+    ],
+    "Adagrad, ReduceLROnPlateau": ["optimizer.name=Adagrad", *PLATEAU],
+    "Adadelta, LambdaLR": [
+        *("optimizer.name=Adadelta", "schedule.name=LambdaLR", "schedule.lr_lambda=1 - t / total"),
+        "schedule.unit=step",
+    ],
+    "RMSprop, accumulation and clipping": [
+        *("optimizer.name=RMSprop", "trainer.accumulation_steps=3", "trainer.clip_norm=0.1"),
+    ],
+    "Rprop, channels_last, crop and flip": [
+        *("optimizer.name=Rprop", "trainer.channels_last=true", "data.augment=crop_flip"),
+    ],
+    "ASGD, deterministic": ["optimizer.name=ASGD", "trainer.deterministic=true"],
 }
-CASES = {**{name: [f"optimizer.name={name}"] for name in NAMES}, **SWITCHES}
+
+
+def test_every_optimizer_and_schedule_that_a_recipe_can_name_has_its_case() -> None:
+    named = " ".join(CASES)
+    assert [name for name in (*OPTIMIZERS, *SCHEDULES) if name not in named and name != "constant"] == []
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +104,6 @@ def test_a_compiled_run_in_two_parts_equals_the_run_in_one(tmp_path: Path) -> No
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["Nesterov", "Adam", "groups", "bf16", "channels_last, crop and flip"])
+@pytest.mark.parametrize("name", CASES)
 def test_on_cuda_a_deterministic_run_in_two_parts_equals_the_run_in_one(tmp_path: Path, name: str) -> None:
     in_two_parts(tmp_path, [*CASES[name], "trainer.device=cuda", "trainer.deterministic=true"])
