@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PROBED_STEPS = 60
+_ASSUMED_IMAGES = 50_000
 
 
 def draw_trajectories(sources: list[Path], out: Path) -> None:
@@ -36,15 +37,17 @@ def draw_trajectories(sources: list[Path], out: Path) -> None:
     only = recorded[runs[0]] if len(runs) == 1 else {}
     probes = {tag.removeprefix("probes/"): points for tag, points in only.items() if tag.startswith("probes/")}
     rows = 2 if probes else 1
-    figure, axes = plt.subplots(rows, figsize=(9, 2 + 3 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, figsize=(10, 2 + 3 * rows), layout="constrained", squeeze=False)
     top: Axes = axes[0, 0]
     for run, scalars in recorded.items():
         _draw_run(top, run.name if len(runs) > 1 else "", scalars)
-    for source, recipe in planned.items():
-        _draw_recipe(top, source.stem, recipe)
+    _draw_recipes(top, {source.stem: recipe for source, recipe in planned.items()})
     top.set(xlabel="step" if runs else "epoch", ylabel="learning rate", title=str(runs[0]) if len(runs) == 1 else "")
     top.grid(alpha=0.3)
-    top.legend(fontsize="small")
+    if runs:
+        top.legend(fontsize="small")
+    else:
+        top.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if probes:
         _draw_probes(axes[1, 0], probes)
     try:
@@ -56,20 +59,33 @@ def draw_trajectories(sources: list[Path], out: Path) -> None:
     console.say(f"{out}: lr of {len(sources)} {'run' if runs else 'recipe'}{'s' if len(sources) > 1 else ''}")
 
 
-def _draw_recipe(axes: Axes, name: str, recipe: recipes.Recipe) -> None:
-    steps_per_epoch = data.count_training_images(recipe.data) // recipe.data.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"{name}: data.batch_size: is {recipe.data.batch_size}, more than there are training images")
-    lines = trajectory(recipe, steps_per_epoch)
-    for group, lrs in lines.items():
-        label = name if len(lines) == 1 else f"{name}: {group}"
-        label += " (if the metric never stalls)" if recipe.schedule.name == "ReduceLROnPlateau" else ""
-        epochs = [step / steps_per_epoch for step in range(len(lrs))]
-        (line,) = axes.plot(epochs, lrs, label=label, linewidth=1.2)
-        if recipe.lr_dropout is not None and recipe.lr_dropout.keep_prob < 1 and len(lines) == 1:
-            keep_prob = recipe.lr_dropout.keep_prob
-            label = f"{name}: times keep_prob {keep_prob:g}"
-            axes.plot(epochs, [lr * keep_prob for lr in lrs], "--", color=line.get_color(), linewidth=1, label=label)
+def _draw_recipes(axes: Axes, planned: dict[str, recipes.Recipe]) -> None:
+    """A line for each trajectory; recipes and groups that share one share the line."""
+    curves: dict[tuple[int, tuple[float, ...]], list[str]] = {}
+    for name, recipe in planned.items():
+        steps_per_epoch = _steps_per_epoch(name, recipe)
+        lines = trajectory(recipe, steps_per_epoch)
+        for group, lrs in lines.items():
+            label = name if len(lines) == 1 else f"{name}: {group}"
+            label += " (if the metric never stalls)" if recipe.schedule.name == "ReduceLROnPlateau" else ""
+            curves.setdefault((steps_per_epoch, tuple(lrs)), []).append(label)
+    for (steps_per_epoch, curve), labels in curves.items():
+        axes.plot([step / steps_per_epoch for step in range(len(curve))], curve, label="\n".join(labels), linewidth=1.5)
+    highest = [max(curve) for _, curve in curves]
+    if min(highest, default=0.0) > 0 and max(highest) > 20 * min(highest):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(highest) / 1000)  # a cosine ends at zero
+
+
+def _steps_per_epoch(name: str, recipe: recipes.Recipe) -> int:
+    try:
+        images = data.count_training_images(recipe.data)
+    except UserError:  # the recipe's folder of images is elsewhere, or not yet there
+        images = _ASSUMED_IMAGES
+        console.say(f"{name}: no images in {recipe.data.root}; drawn as if there were {images:,}")
+    if recipe.data.batch_size > images:
+        raise UserError(f"{name}: data.batch_size: is {recipe.data.batch_size}, but there are only {images} images")
+    return images // recipe.data.batch_size
 
 
 def _draw_run(axes: Axes, name: str, scalars: dict[str, Any]) -> None:

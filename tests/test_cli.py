@@ -288,3 +288,12 @@ def test_a_folder_of_images_is_trained_on(tmp_path, recipe):
     assert result.exit_code == 0, result.output
     assert status(tmp_path / "run")["step"] == 3
     assert checkpoint.read(checkpoint.newest(tmp_path / "run")[0]).model["fc.weight"].shape[0] == 2
+
+
+def test_lr_draws_all_recipes_though_their_images_are_not_there(tmp_path, recipe):
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(f"data: {{dataset: imagefolder, root: {tmp_path / 'nowhere'}}}")
+    result = invoke("lr", recipe, elsewhere, "-o", tmp_path / "lr.png")
+    assert result.exit_code == 0
+    assert "elsewhere: no images in" in result.stdout
+    assert (tmp_path / "lr.png").stat().st_size > 10_000
