@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -65,6 +66,13 @@ def _use_cpu(device: str) -> bool:
             "take launch/accelerate/cpu.yaml, or trainer.device=cpu"
         )
     return True
+
+
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher dies: its ranks would train on as orphans. Linux only."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)
 
 
 def leave(status: int) -> NoReturn:

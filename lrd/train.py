@@ -177,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0].startswith("-"):
         console.complain("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
         sys.exit(UserError.status)
+    distributed.follow_launcher()
     distributed.leave(run(arguments[0], arguments[1:]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launching import final_state, launch, scalars, signal_all, start, train_command, wait_for
@@ -91,6 +92,18 @@ def test_sigterm_saves_at_the_next_step_and_leaves_with_its_status(
     assert f"stopped by signal 15 after step {stopped}, saved" in output
     assert launch(train_command(ranks, tmp_path / "run", *STEPS)).returncode == 0
     assert_same_end(tmp_path / "run", undisturbed[ranks])
+
+
+def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    process = start(train_command(2, tmp_path / "run", *STEPS))
+    wait_for(lambda: 5 in checkpoint.steps(tmp_path / "run"), process)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, orphans = psutil.wait_procs(ranks, timeout=30)
+    assert orphans == []
+    assert max(checkpoint.steps(tmp_path / "run")) < 44
+    assert launch(train_command(2, tmp_path / "run", *STEPS)).returncode == 0
+    assert_same_end(tmp_path / "run", undisturbed[2])
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, undisturbed: dict[int, Path]) -> None:
