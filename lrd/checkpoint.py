@@ -42,7 +42,8 @@ class State:
     Attributes:
         model: state_dict of the unwrapped network, on the CPU.
         optimizer: {"optimizer": state_dict, "schedule": state_dict}.
-        trainer: JSON values: `step`, `epoch`, `samples`, `best` ({"step", "accuracy", "loss"} or None), `recipe`.
+        trainer: JSON values: `step`, `epoch`, `samples`, `best` ({"step", "accuracy", "loss"} or None), `latest`,
+            `identity` (what decides about the numbers), `world_size`.
     """
 
     model: dict[str, Tensor]

@@ -19,8 +19,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrd import kernels
 from lrd import recipe as recipes
-from lrd.errors import RunError, UserError
+from lrd.errors import RunError, UserError, describe
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -138,13 +139,15 @@ def together(action: Callable[[], T]) -> T:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Do something on rank 0 alone; every rank gets its result, or its UserError."""
+    """Do something on rank 0 alone; every rank gets its result, or its UserError or OSError as a UserError."""
 
     def act() -> tuple[T | None, str | None]:
         try:
             return action(), None
         except UserError as error:
             return None, str(error)
+        except OSError as error:  # a full disk, say: the others would wait for a rank that is gone
+            return None, describe(error)
 
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     result, fault = from_main(act() if is_main else (None, None))
@@ -195,16 +198,8 @@ def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 digests[f"{names[id(parameter)]} ({key})"] = value
-    sums = torch.stack([_bit_sum(tensor) for tensor in digests.values()]).cpu().tolist()
+    sums = [int(kernels.bits(tensor).sum(dtype=torch.int64)) for tensor in digests.values()]
     return dict(zip(digests, sums, strict=True))
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        tensor.element_size() // (1 + tensor.is_complex())
-    ]
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.view(as_int).sum(dtype=torch.int64).to(tensor.device)
 
 
 def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:

@@ -25,3 +25,8 @@ def first_line(error: BaseException) -> str:
     """What an exception says, in one line that is never empty."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.splitlines()[0] if text.strip() else type(error).__name__
+
+
+def describe(error: OSError) -> str:
+    """An operating system's error in one line, with the file where it names one."""
+    return f"{error.filename}: {first_line(error)}" if error.filename else first_line(error)

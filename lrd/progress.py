@@ -90,7 +90,8 @@ class Progress:
                 ("training", f"{training:.1f} s, {speed:.0f} images/s"),
                 ("evaluation and checkpoints", f"{self._paused:.1f} s"),
             ]
-        rows.append(("test accuracy", f"{job.latest['accuracy']:.4f} (loss {job.latest['loss']:.4f})"))
+        if job.latest:
+            rows.append(("test accuracy", f"{job.latest['accuracy']:.4f} (loss {job.latest['loss']:.4f})"))
         if job.best is not None:
             rows.append(("best test accuracy", f"{job.best['accuracy']:.4f} at step {job.best['step']:,}"))
         kept = ", ".join(checkpoint.name(step) for step in checkpoint.steps(job.run_dir.path))

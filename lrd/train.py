@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
 from lrd import checkpoint, console, distributed
 from lrd import recipe as recipes
-from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError
+from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe
 from lrd.evaluate import evaluate
 from lrd.job import Job, set_up
 from lrd.progress import Progress
@@ -157,19 +157,21 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """One run from recipe to exit status; a UserError ends in its own status, one line each, on the main process."""
+    """One run from recipe to exit status; what a user or a disk got wrong is one line each, on the main process."""
     job = None
     try:
         recipe = recipes.load(recipe_path, overrides)
         job = set_up(recipe)
         return train(job)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        message = describe(error) if isinstance(error, OSError) else str(error)
         if job is not None:
-            job.report("failed", message=str(error))
+            with suppress(UserError):  # what went wrong may be that nothing can be written
+                job.report("failed", message=message)
         if distributed.speaks():
-            for line in str(error).splitlines():
+            for line in message.splitlines():
                 console.complain(f"lrd: {line}")
-        return error.status
+        return UserError.status if isinstance(error, OSError) else error.status
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -297,3 +297,26 @@ def test_lr_draws_all_recipes_though_their_images_are_not_there(tmp_path, recipe
     assert result.exit_code == 0
     assert "elsewhere: no images in" in result.stdout
     assert (tmp_path / "lr.png").stat().st_size > 10_000
+
+
+def test_fewer_steps_than_are_done_is_nothing_left_to_do(tmp_path, recipe):
+    run_dir = tmp_path / "run"
+    first = invoke("train", recipe, f"run_dir={run_dir}", "checkpoint.every_steps=2")
+    assert first.exit_code == 0
+    shutil.rmtree(checkpoint.folder(run_dir) / checkpoint.name(3))  # what is left was never evaluated
+    result = invoke("train", recipe, f"run_dir={run_dir}", "trainer.max_steps=1")
+    assert result.exit_code == 0, result.exception
+    assert "nothing left to do: 2 of 1 steps are done" in result.stdout
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, recipe, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "events.out")
+
+    for place in ("step", "flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lrd.tracking.Tracker.{place}", full)
+            result = invoke("train", recipe, f"run_dir={tmp_path / place}")
+        assert result.exit_code == 2
+        assert complaints(result) == ["lrd: events.out: No space left on device"]
+        assert status(tmp_path / place)["state"] == "failed"
