@@ -6,13 +6,11 @@
         trainer.json        position, best result, what was being computed, versions
         manifest.json       size and SHA-256 of each file; written last
 
-A checkpoint is written beside, flushed to disk and published by one rename: what a reader can see is complete. A
-flipped bit passes torch.load and safetensors without a word, so nothing is loaded whose hashes do not hold.
+A checkpoint is written beside, flushed to disk and published by one rename: what a reader can see is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -28,9 +26,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lrd import manifest
 from lrd.errors import UserError, first_line
 
-FORMAT = 1
+LEAST_KEPT = 2  # that verify: one may be lost to the disk
 _NAME = re.compile(r"step-(\d{8,})")
 _FILES = ("model.safetensors", "optimizer.pt", "trainer.json")
 
@@ -42,8 +41,9 @@ class State:
     Attributes:
         model: state_dict of the unwrapped network, on the CPU.
         optimizer: {"optimizer": state_dict, "schedule": state_dict}.
-        trainer: JSON values: `step`, `epoch`, `samples`, `best` ({"step", "accuracy", "loss"} or None), `latest`,
-            `identity` (what decides about the numbers), `world_size`.
+        trainer: JSON values: `step`, `epoch`, `samples`, `skipped` steps, `evaluated` (the step of the latest
+            evaluation), `best` ({"step", "accuracy", "loss"} or None), `latest`, `identity` (what decides about the
+            numbers), `world_size`.
     """
 
     model: dict[str, Tensor]
@@ -54,6 +54,21 @@ class State:
     def step(self) -> int:
         return int(self.trainer["step"])
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return _nbytes([self.model, self.optimizer])
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(_nbytes(item) for item in value)
+
 
 def folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
@@ -61,6 +76,10 @@ def folder(run_dir: Path) -> Path:
 
 def name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    return folder(run_dir) / name(step)
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -77,20 +96,20 @@ def save(run_dir: Path, state: State) -> Path:
     Raises:
         UserError: it could not be written; what was there before is untouched.
     """
-    target = folder(run_dir) / name(state.step)
+    target = path_of(run_dir, state.step)
     beside = folder(run_dir) / f".{target.name}.{os.getpid()}.tmp"
     replaced = beside.with_name(f"{beside.stem}.old.tmp")
     try:
         beside.mkdir(parents=True)
+        _refuse_a_full_disk(beside, state.nbytes)
         weights = {key: value.contiguous() for key, value in state.model.items()}
-        # save_file would make a file that its owner alone can read
-        (beside / _FILES[0]).write_bytes(safetensors.torch.save(weights))
+        safetensors.torch.save_file(weights, beside / _FILES[0])
         torch.save(state.optimizer, beside / _FILES[1])
-        trainer = {"format": FORMAT, **state.trainer, "versions": versions()}
+        trainer = {**state.trainer, "versions": versions()}
         (beside / _FILES[2]).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
-        manifest = {"format": FORMAT, "files": {file: _measure(beside / file) for file in _FILES}}
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in (*_FILES, "manifest.json"):
+        (beside / _FILES[0]).chmod((beside / _FILES[2]).stat().st_mode)  # safetensors' file is its owner's alone
+        manifest.write(beside, state.step, _FILES)
+        for file in (*_FILES, manifest.NAME):
             _flush(beside / file)
         _flush(beside)
         if target.exists():
@@ -99,79 +118,81 @@ def save(run_dir: Path, state: State) -> Path:
         _flush(target.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if replaced.exists():
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise UserError(f"{target}: the checkpoint could not be written: {first_line(error)}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
-def retain(run_dir: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one."""
-    present = steps(run_dir)
-    for step in present[:-keep_last]:
-        if step != best_step:
-            gone = folder(run_dir) / f".{name(step)}.{os.getpid()}.tmp"  # out of every reader's sight in one rename
-            (folder(run_dir) / name(step)).rename(gone)
-            shutil.rmtree(gone)
+def _refuse_a_full_disk(where: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(where).free
+    if free < nbytes:
+        raise OSError(None, f"it needs {nbytes / 1e6:.1f} MB, free are {free / 1e6:.1f} MB")
+
+
+def retain(run_dir: Path, keep_last: int, best_step: int | None) -> list[str]:
+    """Delete older checkpoints, once the newest verified: all but `keep_last`, the best, and two that verify.
+
+    Returns:
+        A line for each of the newest that does not verify. Nothing is deleted until there are two that do.
+    """
+    present, faults, whole = steps(run_dir), [], 0
+    for kept, step in enumerate(reversed(present)):
+        if kept >= keep_last and whole >= LEAST_KEPT:
+            if step != best_step:
+                _delete(path_of(run_dir, step))
+        elif whole < LEAST_KEPT and len(present) > keep_last:
+            why = damage(path_of(run_dir, step))
+            whole += why is None
+            if why is not None:
+                faults.append(f"{path_of(run_dir, step)}: damaged: {why}; older ones are kept")
+    return faults
+
+
+def _delete(path: Path) -> None:
+    gone = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # out of every reader's sight in one rename
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole, naming the file; None where size and hash of each file hold."""
-    if not (path / "manifest.json").is_file():
-        return "manifest.json: missing"
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        layout, files = manifest["format"], {file: dict(manifest["files"][file]) for file in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json: cannot be read: {first_line(error)}"
-    if layout != FORMAT:
-        return f"manifest.json: layout version {layout!r}, this lrd reads {FORMAT}"
-    if set(files) != set(_FILES):
-        return "manifest.json: does not list the files of a checkpoint"
-    for file in _FILES:
-        try:
-            measured = _measure(path / file)
-        except FileNotFoundError:
-            return f"{file}: missing"
-        except OSError as error:
-            return f"{file}: cannot be read: {first_line(error)}"
-        for key, value in measured.items():
-            if value != files[file].get(key):
-                return f"{file}: {key} is {value}, the manifest says {files[file].get(key)}"
-    return None
+    match = _NAME.match(path.name)
+    return manifest.damage(path, int(match[1]) if match else -1, _FILES)
 
 
-def layout_version(path: Path) -> int | None:
-    """The layout version a checkpoint says it has; None where it says none."""
-    try:
-        version = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return version if isinstance(version, int) else None
-
-
-def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that was passed over.
-
-    Those are moved aside to `*.damaged`; remains of interrupted writes are removed.
+def survey(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and each newer one with what is wrong with it. Touches nothing.
 
     Raises:
         UserError: a checkpoint has another layout version: that is not damage, and not to be guessed at.
     """
-    passed_over: list[str] = []
-    for left in folder(run_dir).glob(".step-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+    passed_over: list[tuple[Path, str]] = []
     for step in reversed(steps(run_dir)):
-        path = folder(run_dir) / name(step)
-        version = layout_version(path)
-        if version not in (None, FORMAT):
-            raise UserError(f"{path}: has layout version {version}, this lrd reads {FORMAT}")
+        path = path_of(run_dir, step)
         why = damage(path)
         if why is None:
             return path, passed_over
-        passed_over.append(f"{path}: damaged: {why}; moved aside to {_move_aside(path).name}")
+        if manifest.layout_version(path) not in (None, *manifest.READABLE):
+            raise UserError(f"{path}: {why}")
+        passed_over.append((path, why))
     return None, passed_over
+
+
+def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """`survey` for a run that takes the directory over: damaged checkpoints are moved aside to `*.damaged`, never
+    deleted; remains of interrupted writes are removed. A line says which and why.
+    """
+    for replaced in folder(run_dir).glob(".step-*.old.tmp"):  # killed between the two renames of a second save
+        target = folder(run_dir) / replaced.name.split(".")[1]
+        if not target.exists():
+            replaced.rename(target)
+    for left in folder(run_dir).glob(".step-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    path, passed_over = survey(run_dir)
+    lines = [f"{bad}: damaged: {why}; moved aside to {_move_aside(bad).name}" for bad, why in passed_over]
+    return path, lines
 
 
 def read(path: Path) -> State:
@@ -193,25 +214,44 @@ def read(path: Path) -> State:
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
-    """A checkpoint's `trainer.json`."""
-    values: dict[str, Any] = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    return values
+    """A checkpoint's `trainer.json`. Layout 1 skipped no step and evaluated before it saved."""
+    values: dict[str, Any] = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    return {"skipped": 0, "evaluated": values["step"], **values}
+
+
+def export(run_dir: Path, out: Path) -> Path:
+    """Write the weights of the newest whole checkpoint to one safetensors file. Returns the checkpoint.
+
+    Names and shapes are those of torchvision's ResNets, but for the stem's 3 x 3 convolution.
+
+    Raises:
+        UserError: there is no whole checkpoint, or `out` cannot be written; it is then as it was.
+    """
+    path, _ = survey(run_dir)
+    if path is None:
+        raise UserError(f"{run_dir}: no whole checkpoint in it")
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path / _FILES[0], beside)
+        _flush(beside)
+        beside.replace(out)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
+    return path
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 def _flush(path: Path) -> None:
+    """To the disk, and out of the cache: what verifies afterwards was read from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise") and not path.is_dir():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

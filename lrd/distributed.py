@@ -1,30 +1,25 @@
-"""The Accelerator, agreement between ranks, replica fingerprints, stop signals."""
+"""The Accelerator, and agreement between ranks."""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lrd import kernels
 from lrd import recipe as recipes
-from lrd.errors import RunError, UserError, describe
+from lrd.errors import UserError, describe
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start(trainer: recipes.Trainer) -> Accelerator:
@@ -67,13 +62,6 @@ def _use_cpu(device: str) -> bool:
             "take launch/accelerate/cpu.yaml, or trainer.device=cpu"
         )
     return True
-
-
-def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher dies: its ranks would train on as orphans. Linux only."""
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)
 
 
 def leave(status: int) -> NoReturn:
@@ -187,75 +175,44 @@ def make_buffers_equal(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """One integer for each parameter and each tensor of its optimizer state: the sum of its bits as integers.
+@dataclass(frozen=True)
+class Boundary:
+    """What the ranks told each other at a step's boundary; the same on every rank.
 
-    Any single changed bit changes it. BatchNorm's running statistics are no part: they differ by design.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    digests = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                digests[f"{names[id(parameter)]} ({key})"] = value
-    sums = [int(kernels.bits(tensor).sum(dtype=torch.int64)) for tensor in digests.values()]
-    return dict(zip(digests, sums, strict=True))
-
-
-def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Stop where the replicas are no longer bit-identical.
-
-    Raises:
-        RunError: names the ranks in the minority and the first tensor that differs.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone = gather((describe_rank(), fingerprint(model, optimizer)))
-    for name in everyone[0][1]:
-        values = [digests.get(name) for _, digests in everyone]
-        if len(set(values)) > 1:
-            majority = max(values, key=values.count)
-            odd = ", ".join(who for (who, _), value in zip(everyone, values, strict=True) if value != majority)
-            raise RunError(f"step {step}: the replicas differ, first in {name}: {odd} differs from the majority")
-
-
-class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a save and a clean end; the handler only sets a flag.
-
-    A second one ends the process at once, unless it comes right behind the first: Ctrl-C in a terminal reaches the
-    ranks twice, from the terminal and from the launcher that passes it on.
+    Attributes:
+        losses, grad_norms: of each rank; the norm of the reduced gradient is the same on all, if all is well.
+        stop_signal: a signal that any of them got; 0: none.
+        has_fault: whether the main process has a fault to report.
     """
 
-    ECHO_SECONDS = 2.0
+    losses: list[float]
+    grad_norms: list[float]
+    stop_signal: int
+    has_fault: bool
 
-    def __init__(self) -> None:
-        self.received: int = 0
-        self._since = 0.0
-        self._previous: dict[int, Any] = {}
+    @property
+    def has_finite_losses(self) -> bool:
+        return all(map(math.isfinite, self.losses))
 
-    def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > self.ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    @property
+    def is_finite(self) -> bool:
+        return self.has_finite_losses and all(map(math.isfinite, self.grad_norms))
 
 
-def exchange(loss: Tensor, stop_signal: int) -> tuple[list[float], int]:
-    """At a step boundary: each rank's loss, and the signal any of them got (0: none). A CPU-GPU sync point."""
-    mine = torch.stack([loss.detach().double(), torch.tensor(float(stop_signal), device=loss.device).double()])
-    if not dist.is_initialized():
-        return [float(mine[0])], stop_signal
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+def exchange(loss: Tensor, grad_norm: Tensor, stop_signal: int, has_fault: bool = False) -> Boundary:
+    """Tell the other ranks one's loss, norm, signal and fault, and hear theirs. A CPU-GPU sync point."""
+    flags = torch.tensor([stop_signal, has_fault], dtype=torch.float64, device=loss.device)
+    mine = torch.cat([loss.detach().double().reshape(1), grad_norm.detach().double().reshape(1), flags])
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
     values = torch.stack(everyone).cpu()
-    return values[:, 0].tolist(), int(values[:, 1].max())
+    losses, grad_norms = values[:, 0].tolist(), values[:, 1].tolist()
+    return Boundary(losses, grad_norms, int(values[:, 2].max()), bool(values[:, 3].max()))
+
+
+def any_signal(accelerator: Accelerator, stop_signal: int) -> int:
+    """A signal that any rank got; 0: none. A CPU-GPU sync point."""
+    zero = torch.zeros((), device=accelerator.device)
+    return exchange(zero, zero, stop_signal).stop_signal

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from lrd import recipe as recipes
 from lrd.errors import UserError
 from lrd.models import build_model
 from lrd.optim import build_optimizer
+from lrd.peers import RollCall
+from lrd.replicas import compare_replicas
 from lrd.rundir import RunDir
 from lrd.schedules import Schedule, depends_on_length, run_length
 from lrd.tracking import Tracker
+from lrd.writer import Writer
 
 
 @dataclass
@@ -39,30 +44,41 @@ class Job:
     identity: dict[str, Any]  # what decides about the numbers: ranks compare it at the start, resumes with the past
     run_dir: RunDir | None = None  # on the main process
     tracker: Tracker | None = None  # on the main process
+    writer: Writer | None = None  # on the main process
+    roll_call: RollCall = field(default_factory=RollCall)
     step: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    evaluated: int = 0  # the step after which the latest evaluation was
     best: dict[str, Any] | None = None
     latest: dict[str, float] = field(default_factory=dict)  # the latest evaluation
 
     def report(self, state: str, **more: Any) -> None:
-        """Put `state` and how far the run is into the run directory, from the main process."""
+        """Put `state` and how far the run is into the run directory, from the main process, if that can be written."""
         if self.run_dir is not None:
             best, ranks = (self.best or {}).get("accuracy"), self.accelerator.num_processes
-            self.run_dir.status(
-                state, step=self.step, total_steps=self.total_steps, best_accuracy=best, ranks=ranks, **more
-            )
+            facts = {"step": self.step, "total_steps": self.total_steps, "best_accuracy": best, "ranks": ranks}
+            with suppress(UserError):  # a full disk is for `checkpoint.on_error` to decide about
+                self.run_dir.status(state, **facts, skipped=self.skipped, **more)
+
+    def close(self) -> None:
+        """Let others take the run directory."""
+        if self.run_dir is not None:
+            self.run_dir.close()
 
     def state(self) -> checkpoint.State:
-        """What `restore` needs, on the CPU."""
+        """What `restore` needs. The tensors are the living ones: whoever keeps it copies it."""
         trainer = {
             "step": self.step,
             "epoch": self.step // self.batches.steps_per_epoch,
             "samples": self.step * self.batches.batch_size,
+            "skipped": self.skipped,
+            "evaluated": self.evaluated,
             "best": self.best,
             "latest": self.latest,
             "identity": self.identity,
             "world_size": self.accelerator.num_processes,
         }
-        weights = {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
+        weights = {key: value.detach() for key, value in self.network.state_dict().items()}
         optimizer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         return checkpoint.State(weights, optimizer, trainer)
 
@@ -81,6 +97,7 @@ class Job:
         except RuntimeError as error:
             raise UserError(f"{path}: is of another model: {str(error).splitlines()[-1].strip()}") from None
         self.step, self.best, self.latest = state.step, state.trainer["best"], state.trainer["latest"]
+        self.skipped, self.evaluated = state.trainer["skipped"], state.trainer["evaluated"]
         if changed:
             self._adopt(state, path)
             return
@@ -120,12 +137,19 @@ def set_up(recipe: recipes.Recipe) -> Job:
         UserError: the same on every rank.
     """
     accelerator = distributed.start(recipe.trainer)
+    roll_call = RollCall()
+    roll_call.start()
     dataset = distributed.once_per_host(accelerator, lambda: data.load(recipe.data, recipe.seed))
     job = distributed.together(lambda: _build(recipe, accelerator, dataset))
-    distributed.handshake({"lrd": __version__, "torch": torch.__version__, **job.identity})
-    path, state = distributed.on_main(lambda: _open_run_dir(job))
+    job.roll_call = roll_call
+    code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
+    distributed.handshake({**code, **job.identity})
+    distributed.on_main(lambda: _take_run_dir(job))
+    seen = distributed.gather((distributed.describe_rank(), checkpoint.steps(Path(recipe.run_dir))))
+    path, state = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir), seen))
     if state is not None:
         distributed.together(lambda: job.restore(state, path))
+        compare_replicas(job.network, job.optimizer, job.step)  # what was read on one rank arrived on all
     job.model, job.prepared_optimizer = accelerator.prepare(job.network, job.optimizer)
     if recipe.trainer.compile:
         job.network.compile()
@@ -183,16 +207,42 @@ def _open_books(job: Job) -> None:
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
     job.tracker = Tracker(job.run_dir.path, job.step, job.recipe, job.network, job.optimizer)
+    job.writer = Writer(job.run_dir.path, job.recipe.checkpoint, job.tracker.events)
 
 
-def _open_run_dir(job: Job) -> tuple[Path, checkpoint.State | None]:
-    """Take the run directory and read its newest good checkpoint. For rank 0 alone: what it read is what all get."""
+def source_digest() -> str:
+    """Of this package's files: hosts with other checkouts of the same version are found at the start."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _take_run_dir(job: Job) -> None:
     job.run_dir = RunDir(Path(job.recipe.run_dir))
-    path, passed_over = checkpoint.newest(job.run_dir.path)
+
+
+def _read_newest(run_dir: Path, seen: list[tuple[str, list[int]]]) -> tuple[Path, checkpoint.State | None]:
+    """The newest good checkpoint. For rank 0 alone: what it read is what all get.
+
+    Args:
+        seen: each rank and the steps that it finds checkpoints of.
+
+    Raises:
+        UserError: another rank finds later ones, so that this is not the folder which the run wrote to.
+    """
+    (_, own), *others = seen
+    lines = [
+        f"run_dir: {who} finds a checkpoint of step {steps[-1]} in {run_dir}, rank 0 finds "
+        f"{f'none after {own[-1]}' if own else 'none'}: rank 0 must run on the host that has them"
+        for who, steps in others
+        if steps and steps[-1] > (own[-1] if own else -1)
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+    path, passed_over = checkpoint.newest(run_dir)
     for line in passed_over:
         console.say(line)
     if path is None:
-        return job.run_dir.path, None
+        return run_dir, None
     state = checkpoint.read(path)
     console.say(f"{path}: going on after step {state.step}")
     return path, state

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Progress:
         self.loss = float("nan")
         self.steps = 0
         self._began = time.perf_counter()
-        self._paused = 0.0  # seconds in evaluations and saves
+        self._pauses = {"evaluation": 0.0, "checkpoints": 0.0}  # seconds in which training stood still
         self._window_start, self._window_steps, self._window_paused = self._began, 0, 0.0
         self._meter = console.Meter("epoch 1", job.total_steps, job.step)
 
@@ -35,30 +35,40 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._meter.__exit__(*exception)
+        if self.job.tracker is not None:
+            with suppress(OSError):  # a full disk has been told of
+                self.job.tracker.flush()
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, why: str) -> Iterator[None]:
         """Time in here is not training."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
+        self._pauses[why] += time.perf_counter() - start
 
-    def step(self, lrs: list[float], grad_norm: Tensor | None) -> None:
-        """After each step; `lrs` is what each group's lr was in it."""
+    @property
+    def _paused(self) -> float:
+        return sum(self._pauses.values())
+
+    def step(self, lrs: list[float], grad_norm: Tensor, moved: bool) -> None:
+        """After each step; `lrs` is what each group's lr was in it, `moved` whether the optimizer took it."""
         job = self.job
         self.steps += 1
+        job.roll_call.step = job.step
         if job.tracker is None:
             return
-        job.tracker.probe(job.step, lrs)
+        job.tracker.probe(job.step, lrs, moved)
         if job.step % job.recipe.tracking.every_steps == 0:
             speed = self._images_per_second()
-            scalars = {"train/loss": self.loss, "train/images_per_second": speed}
-            if grad_norm is not None:
-                scalars["train/grad_norm"] = float(grad_norm)
-            job.tracker.step(job.step, lrs, scalars)
+            scalars = {"train/loss": self.loss, "train/images_per_second": speed, "train/grad_norm": float(grad_norm)}
+            if job.recipe.trainer.on_nonfinite == "skip":
+                scalars["train/skipped"] = job.skipped
+            job.tracker.step(job.step, lrs, scalars, moved)
             accuracy = f"acc {job.latest['accuracy']:.4f}" if job.latest else ""
             epoch = min(job.recipe.trainer.epochs, 1 + job.step // job.batches.steps_per_epoch)
             figures = f"loss {self.loss:.4f} {accuracy} lr {lrs[0]:.3g} {speed:.0f} images/s"
+            if job.skipped:
+                figures += f" {job.skipped} skipped"
             self._meter.update(job.step, figures, f"epoch {epoch}/{job.recipe.trainer.epochs} step")
 
     def _images_per_second(self) -> float:
@@ -88,8 +98,16 @@ class Progress:
             speed = self.steps * job.batches.batch_size / training
             rows += [
                 ("training", f"{training:.1f} s, {speed:.0f} images/s"),
-                ("evaluation and checkpoints", f"{self._paused:.1f} s"),
+                ("evaluation", f"{self._pauses['evaluation']:.1f} s"),
             ]
+        writer = job.writer
+        if writer is not None and writer.written:
+            stood, took = f"{self._pauses['checkpoints']:.2f} s", f"{writer.working:.1f} s"
+            rows.append(
+                ("training stood still", f"{stood} for {writer.written} checkpoint(s) that took {took} to write")
+            )
+        if job.skipped:
+            rows.append(("steps skipped", f"{job.skipped:,}, whose loss or gradient was not finite"))
         if job.latest:
             rows.append(("test accuracy", f"{job.latest['accuracy']:.4f} (loss {job.latest['loss']:.4f})"))
         if job.best is not None:

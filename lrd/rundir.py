@@ -10,17 +10,24 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from lrd import console
 from lrd.errors import UserError
+
+SECONDS_TO_LEAVE = 30.0  # what a run has that was asked to save and leave
 
 
 class RunDir:
     """Holds the directory's lock while the run lives; `status.json` says how far it is. For one rank only.
 
+    Args:
+        patience: seconds to wait for a run that is at work there, default SECONDS_TO_LEAVE: one whose launcher was killed
+            saves before it leaves.
+
     Raises:
-        UserError: the directory cannot be written, or another process is at work in it.
+        UserError: the directory cannot be written, or another process stays at work in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: float | None = None) -> None:
         self.path = path
         self._began = time.time()
         try:
@@ -28,20 +35,29 @@ class RunDir:
             self._lock: IO[str] = (path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from None
-        if not self._take_lock():
+        if not self._take_lock(SECONDS_TO_LEAVE if patience is None else patience):
             raise UserError(f"run_dir: another run is at work in {path}; give this one another run_dir")
 
-    def _take_lock(self) -> bool:
-        """Not at the first try alone: a run that was just killed may still hold it, and a reader for a moment."""
-        for _ in range(20):
+    def _take_lock(self, patience: float) -> bool:
+        began, said = time.monotonic(), False
+        while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
-                time.sleep(0.1)
+                waited = time.monotonic() - began
             except OSError:  # a file system without locks
                 return True
-        return False
+            if waited >= patience:
+                return False
+            if waited > 1 and not said:  # a reader holds it for a moment only
+                said = True
+                console.say(f"{self.path}: another run is at work here; waiting {patience:.0f} s for it to leave")
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """Let others take the directory."""
+        self._lock.close()
 
     def write(self, name: str, text: str) -> None:
         """Put a file in place whole."""

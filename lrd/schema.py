@@ -158,12 +158,17 @@ class Trainer(Section):
     fingerprint_every: Int = Field(100, ge=0, description="steps between comparisons of the replicas; 0: never")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: Float = Field(10.0, gt=0.0, description="until a missing rank is an error")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="where a loss or the gradient's norm is not finite, before the optimizer's step"
+    )
 
 
 class Checkpoint(Section):
     every_steps: Int | None = Field(None, ge=0, description="default: at the end of each epoch; 0: only at the end")
-    keep_last: Int = Field(2, gt=0)
+    keep_last: Int = Field(2, ge=2, description="one may be lost to the disk, so at least two")
     keep_best: bool = True
+    background: bool = Field(True, description="write while training goes on; false: training waits")
+    on_error: Literal["continue", "stop"] = Field("continue", description="where a checkpoint cannot be written")
     allow_changed: bool = Field(False, description="go on although the recipe changed what is computed")
 
 

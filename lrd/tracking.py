@@ -1,8 +1,9 @@
 """TensorBoard: tags, lr trajectories, going on after a resume.
 
 Tags, by step: `lr/<group>`, `lr_effective/<group>` (lr times the fraction really kept), `lr_dropout/kept/<group>`,
-`train/loss`, `train/grad_norm`, `train/images_per_second`, `probes/<parameter>[<index>]` (the lr of one single
-element: the group's or zero); by evaluation: `test/loss`, `test/accuracy`.
+`train/loss`, `train/grad_norm`, `train/images_per_second`, `train/skipped` (steps so far whose gradient was not
+finite, where the recipe skips such), `probes/<parameter>[<index>]` (the lr of one single element: the group's or zero);
+by evaluation: `test/loss`, `test/accuracy`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, scalar, text
 
 from lrd import recipe as recipes
 from lrd.dropout import attached
+from lrd.events import EventFile
 
 
 @dataclass(frozen=True)
@@ -46,31 +47,33 @@ class Tracker:
         self.recipe = recipe
         self.optimizer = optimizer
         self.probes = choose_probes(network, optimizer, recipe.tracking.probes)
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
+        self.events = EventFile(run_dir, purge_step=step + 1 if step else 0)
         if step == 0:
-            self.writer.add_text("recipe", "    " + recipe.dump().replace("\n", "\n    "), 0)
+            summary = text("recipe", "    " + recipe.dump().replace("\n", "\n    "))  # type: ignore[no-untyped-call]
+            self.events.add(summary, 0)
+        self.flush()
 
-    def step(self, step: int, lrs: list[float], scalars: dict[str, float]) -> None:
-        """Record one step. `lrs` is what each group's lr was in it; `step` counts from 1."""
+    def step(self, step: int, lrs: list[float], scalars: dict[str, float], moved: bool = True) -> None:
+        """Record one step. `lrs` is what each group's lr was in it; `step` counts from 1, one skipped moved nothing."""
         dropout = attached(self.optimizer)
-        kept = [1.0] * len(lrs) if dropout is None else dropout.kept_fractions()
+        kept = [float(moved)] * len(lrs) if dropout is None or not moved else dropout.kept_fractions()
         for group, lr, fraction in zip(self.optimizer.param_groups, lrs, kept, strict=True):
-            self.writer.add_scalar(f"lr/{group['name']}", lr, step)
-            self.writer.add_scalar(f"lr_effective/{group['name']}", lr * fraction, step)
-            self.writer.add_scalar(f"lr_dropout/kept/{group['name']}", fraction, step)
+            self._scalar(f"lr/{group['name']}", lr, step)
+            self._scalar(f"lr_effective/{group['name']}", lr * fraction, step)
+            self._scalar(f"lr_dropout/kept/{group['name']}", fraction, step)
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+            self._scalar(tag, value, step)
 
-    def probe(self, step: int, lrs: list[float]) -> None:
+    def probe(self, step: int, lrs: list[float], moved: bool = True) -> None:
         """Record the lr that single elements had in one step."""
         dropout = attached(self.optimizer)
         for probe in self.probes:
-            kept = dropout is None or dropout.keeps(probe.index, probe.element)
-            self.writer.add_scalar(probe.tag, lrs[probe.group] * kept, step)
+            kept = moved and (dropout is None or dropout.keeps(probe.index, probe.element))
+            self._scalar(probe.tag, lrs[probe.group] * kept, step)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         for key, value in metrics.items():
-            self.writer.add_scalar(f"test/{key}", value, step)
+            self._scalar(f"test/{key}", value, step)
 
     def hyper_parameters(self, step: int, metrics: dict[str, float]) -> None:
         """Hyper-parameters with the final metrics, for the HParams tab."""
@@ -78,18 +81,21 @@ class Tracker:
         plain = (bool, int, float, str)
         flat = {key: value if isinstance(value, plain) else str(value) for key, value in values if value is not None}
         named = {f"hparam/test_{key}": value for key, value in metrics.items()}
-        file_writer = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
         for summary in hparams(flat, named):  # type: ignore[no-untyped-call]
-            file_writer.add_summary(summary, step)
+            self.events.add(summary, step)
         for key, value in named.items():
-            self.writer.add_scalar(key, value, step)
+            self._scalar(key, value, step)
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        self.events.add(scalar(tag, value), step)  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
-        """Hand everything to the file system: what a checkpoint says is done must be in the files."""
-        self.writer.flush()
+        """Hand everything to the file system: what a checkpoint says is done must be in the files.
 
-    def close(self) -> None:
-        self.writer.close()
+        Raises:
+            OSError: it could not be written; nothing is lost, the next flush tries again.
+        """
+        self.events.flush()
 
 
 def choose_probes(network: nn.Module, optimizer: Optimizer, count: int) -> list[Probe]:

@@ -2,52 +2,74 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from contextlib import nullcontext, suppress
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lrd import checkpoint, console, distributed
+from lrd import checkpoint, console, distributed, peers
 from lrd import recipe as recipes
-from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe
+from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe, first_line
 from lrd.evaluate import evaluate
+from lrd.guard import Guard
 from lrd.job import Job, set_up
+from lrd.peers import RollCall
 from lrd.progress import Progress
+from lrd.replicas import compare_replicas
+from lrd.signals import StopSignals, follow_launcher
 
 
 def train(job: Job) -> int:
     """The loop. Returns the exit status."""
-    if job.step >= job.total_steps:
-        console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
-    with distributed.StopSignals() as signals:
-        stop_signal = 0
-        with Progress(job) as progress:
-            while job.step < job.total_steps and not stop_signal:
-                loss = forward_backward(job)
-                grad_norm = clip(job)
-                if is_boundary(job):
-                    losses, stop_signal = distributed.exchange(loss, signals.received)
-                    refuse_non_finite(losses, job.step + 1)
-                    progress.loss = sum(losses) / len(losses)
-                lrs = [float(group["lr"]) for group in job.optimizer.param_groups]
+    guard = Guard(job)
+    with StopSignals() as signals, job.writer or nullcontext(), Progress(job) as progress:
+        stop_signal = end_step(job, progress, signals, 0) if is_evaluation_due(job) else 0  # it was interrupted
+        if job.step >= job.total_steps and not progress.steps:
+            console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
+        while job.step < job.total_steps and not stop_signal:
+            guard.remember()
+            loss = forward_backward(job)
+            grad_norm = clip(job)
+            is_good = True
+            if is_boundary(job):
+                seen = distributed.exchange(loss, grad_norm, signals.received, has_fault(job))
+                stop_signal = seen.stop_signal
+                progress.loss = sum(seen.losses) / len(seen.losses)
+                is_good = guard.allows(seen)
+                if seen.has_fault:
+                    answer_fault(job)
+            lrs = [float(group["lr"]) for group in job.optimizer.param_groups]
+            if is_good:
                 job.prepared_optimizer.step()  # the mask decides which elements move
-                job.prepared_optimizer.zero_grad()
-                job.schedule.step()
-                job.step += 1
-                progress.step(lrs, grad_norm)
-
-                with progress.pause():
-                    epoch_ends, run_ends = job.step % job.batches.steps_per_epoch == 0, job.step == job.total_steps
-                    if epoch_ends:
-                        job.schedule.end_epoch()
-                    is_new_best = run_evaluation(job) if is_evaluation_due(job) else False
-                    if is_fingerprint_due(job):
-                        distributed.compare_replicas(job.network, job.optimizer, job.step)
-                    if run_ends or stop_signal or is_checkpoint_due(job, epoch_ends, is_new_best):
-                        save_checkpoint(job)
+            job.prepared_optimizer.zero_grad()
+            job.schedule.step()
+            job.step += 1
+            if job.step % job.batches.steps_per_epoch == 0:
+                job.schedule.end_epoch()
+            progress.step(lrs, grad_norm, is_good)
+            stop_signal = end_step(job, progress, signals, stop_signal)
         return finish(job, progress, stop_signal)
+
+
+def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: int) -> int:
+    """What every so often comes after a step: evaluation, comparison of the replicas, checkpoint.
+
+    Returns the signal that ends the run, 0: none. An evaluation that a signal cut short is made up for at the next
+    start, before the first step.
+    """
+    is_new_best = False
+    if is_evaluation_due(job) and not stop_signal:
+        with progress.pause("evaluation"):
+            stop_signal, is_new_best = run_evaluation(job, signals)
+    if stop_signal or is_checkpoint_due(job, is_new_best):
+        with progress.pause("checkpoints"):
+            save_checkpoint(job)
+    elif is_fingerprint_due(job):
+        compare_replicas(job.network, job.optimizer, job.step)
+    return stop_signal
 
 
 def forward_backward(job: Job) -> Tensor:
@@ -66,112 +88,147 @@ def forward_backward(job: Job) -> Tensor:
     return loss
 
 
-def clip(job: Job) -> Tensor | None:
-    """Clip the gradient's norm. Returns the norm before, in steps that want it."""
+def clip(job: Job) -> Tensor:
+    """Clip the gradient's norm, where the recipe says so. Returns the norm before, zero in steps that need none."""
     max_norm = job.recipe.trainer.clip_norm
     if max_norm is not None:
         norm: Tensor = job.accelerator.clip_grad_norm_(job.network.parameters(), max_norm)
         return norm
-    if is_tracked(job):
+    if is_boundary(job):
         return nn.utils.get_total_norm([p.grad for p in job.network.parameters() if p.grad is not None])
-    return None
-
-
-def is_tracked(job: Job) -> bool:
-    return (job.step + 1) % job.recipe.tracking.every_steps == 0
+    return torch.zeros((), device=job.accelerator.device)
 
 
 def is_boundary(job: Job) -> bool:
-    """Whether the ranks look at losses and signals in this step: a CPU-GPU sync point, so not in each on a GPU."""
+    """Whether the ranks look at losses, norms and signals in this step: a CPU-GPU sync point, so seldom on a GPU."""
     step, every = job.step + 1, job.recipe.checkpoint.every_steps
-    ends_here = step % job.batches.steps_per_epoch == 0 or step == job.total_steps
-    return job.accelerator.device.type == "cpu" or ends_here or is_tracked(job) or bool(every and step % every == 0)
+    is_cheap = job.accelerator.device.type == "cpu"
+    is_last = step % job.batches.steps_per_epoch == 0 or step == job.total_steps
+    is_looked_at = step % job.recipe.tracking.every_steps == 0 or job.recipe.trainer.on_nonfinite == "skip"
+    return is_cheap or is_last or is_looked_at or bool(every and step % every == 0)
 
 
-def refuse_non_finite(losses: list[float], step: int) -> None:
-    bad = [f"rank {rank} ({loss})" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-    if bad:
-        raise RunError(f"step {step}: the loss is not finite on {', '.join(bad)}; nothing is saved after it")
+def has_fault(job: Job) -> bool:
+    return job.writer is not None and bool(job.writer.faults)
+
+
+def answer_fault(job: Job) -> None:
+    """A checkpoint could not be written: say so and go on, or stop on all ranks, as the recipe says."""
+    lines = distributed.from_main([] if job.writer is None else job.writer.take_faults())
+    if job.recipe.checkpoint.on_error == "stop":
+        raise UserError("\n".join(lines))
+    if job.writer is not None:
+        for line in lines:
+            console.complain(f"lrd: {line}; training goes on")
 
 
 def is_evaluation_due(job: Job) -> bool:
     epochs, rest = divmod(job.step, job.batches.steps_per_epoch)
-    return job.step == job.total_steps or (rest == 0 and epochs % job.recipe.trainer.eval_every == 0)
+    is_due = job.step == job.total_steps or (rest == 0 and epochs % job.recipe.trainer.eval_every == 0)
+    return is_due and job.evaluated != job.step
 
 
-def run_evaluation(job: Job) -> bool:
-    """Evaluate and let the schedule know. Returns whether the accuracy is the best so far."""
-    job.latest = evaluate(
-        job.accelerator, job.network, job.dataset.test, job.batches.normalized, job.batches.batch_size
+def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
+    """Evaluate and let the schedule know. Returns a signal that cut it short, and whether the accuracy is the best."""
+    metrics = evaluate(
+        *(job.accelerator, job.network, job.dataset.test, job.batches.normalized, job.batches.batch_size),
+        received=lambda: signals.received,
     )
+    if metrics is None:
+        return distributed.any_signal(job.accelerator, signals.received), False
+    job.latest, job.evaluated = metrics, job.step
     if job.step % job.batches.steps_per_epoch == 0:
-        job.schedule.end_evaluation(job.latest)
+        job.schedule.end_evaluation(metrics)
     if job.tracker is not None:
-        job.tracker.evaluation(job.step, job.latest)
-    if job.best is not None and job.latest["accuracy"] <= job.best["accuracy"]:
-        return False
-    job.best = {"step": job.step, **job.latest}
-    return True
+        job.tracker.evaluation(job.step, metrics)
+    if job.best is not None and metrics["accuracy"] <= job.best["accuracy"]:
+        return 0, False
+    job.best = {"step": job.step, **metrics}
+    return 0, True
 
 
 def is_fingerprint_due(job: Job) -> bool:
     every = job.recipe.trainer.fingerprint_every
-    return bool(every) and (job.step % every == 0 or job.step == job.total_steps)
+    return bool(every) and job.step % every == 0
 
 
-def is_checkpoint_due(job: Job, epoch_ends: bool, is_new_best: bool) -> bool:
+def is_checkpoint_due(job: Job, is_new_best: bool) -> bool:
     every = job.recipe.checkpoint.every_steps
-    due = epoch_ends if every is None else bool(every) and job.step % every == 0
-    return due or (is_new_best and job.recipe.checkpoint.keep_best)
+    interval = job.batches.steps_per_epoch if every is None else every
+    due = bool(interval) and job.step % interval == 0
+    return due or job.step == job.total_steps or (is_new_best and job.recipe.checkpoint.keep_best)
 
 
 def save_checkpoint(job: Job) -> None:
-    """Write the state after `job.step` steps; the event files first, so that they hold all it says is done."""
-
-    def write() -> None:
-        assert job.run_dir is not None
-        assert job.tracker is not None
-        if job.step >= job.total_steps:
-            job.tracker.hyper_parameters(job.step, job.latest)
-        job.tracker.flush()
-        checkpoint.save(job.run_dir.path, job.state())
-        section = job.recipe.checkpoint
-        best_step = job.best["step"] if section.keep_best and job.best is not None else None
-        checkpoint.retain(job.run_dir.path, section.keep_last, best_step)
-        job.report("running")
-
-    distributed.on_main(write)
+    """Have the state after `job.step` steps written; the event files first, so that they hold all it says is done."""
+    if job.recipe.trainer.fingerprint_every:
+        compare_replicas(job.network, job.optimizer, job.step)
+    if job.writer is None or job.tracker is None:
+        return
+    if job.step == job.evaluated == job.total_steps:
+        job.tracker.hyper_parameters(job.step, job.latest)
+    best_step = job.best["step"] if job.recipe.checkpoint.keep_best and job.best is not None else None
+    job.writer.save(job.state(), best_step)
+    job.report("running")
 
 
 def finish(job: Job, progress: Progress, stop_signal: int) -> int:
-    """Close the books. Returns the exit status."""
-    finished = job.step >= job.total_steps
-    if job.tracker is not None:
-        job.tracker.close()
-    job.report("finished" if finished else "stopped")
-    if finished:
+    """Wait for what is being written and close the books. Returns the exit status.
+
+    Raises:
+        UserError: the last checkpoint could not be written.
+    """
+    with progress.pause("checkpoints"):
+        lines, is_saved = distributed.from_main(([], True) if job.writer is None else job.writer.finish())
+    if not is_saved:
+        raise UserError(
+            "\n".join([*lines, f"the state after step {job.step} is not saved; start the same command again"])
+        )
+    if job.writer is not None:
+        for line in lines:
+            console.complain(f"lrd: {line}")
+    if job.step >= job.total_steps:
+        job.report("finished")
         progress.summary()
         return EXIT_OK
+    job.report("stopped")
     console.say(f"stopped by signal {stop_signal} after step {job.step}, saved; the same command goes on from here")
     return EXIT_STOPPED
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """One run from recipe to exit status; what a user or a disk got wrong is one line each, on the main process."""
+    """One run from recipe to exit status; what a user, a disk or a peer got wrong is one line each."""
     job = None
     try:
         recipe = recipes.load(recipe_path, overrides)
         job = set_up(recipe)
-        return train(job)
+        status = train(job)
+        job.close()
+        return status
     except (UserError, OSError) as error:
         message = describe(error) if isinstance(error, OSError) else str(error)
-        if job is not None:
-            with suppress(UserError):  # what went wrong may be that nothing can be written
-                job.report("failed", message=message)
-        if distributed.speaks():
-            for line in message.splitlines():
-                console.complain(f"lrd: {line}")
-        return UserError.status if isinstance(error, OSError) else error.status
+        status = UserError.status if isinstance(error, OSError) else error.status
+        speaks = distributed.speaks()
+    except RuntimeError as error:
+        if not peers.is_lost_peer(error):
+            raise
+        missing = (RollCall() if job is None else job.roll_call).call()
+        message, status, speaks = describe_loss(job, error, missing or ""), RunError.status, missing is not None
+    if job is not None:
+        job.report("failed", message=message)
+        job.close()
+    for line in message.splitlines() if speaks else []:
+        console.complain(f"lrd: {line}")
+    return status
+
+
+def describe_loss(job: Job | None, error: RuntimeError, missing: str) -> str:
+    """A peer is gone or silent: which, when, and from where the same command goes on."""
+    if job is None:
+        return f"the ranks could not start together: {missing} ({first_line(error)})"
+    steps = checkpoint.steps(Path(job.recipe.run_dir))
+    newest = f"from step {steps[-1]}" if steps else "from the beginning"
+    return f"step {job.step + 1}: {missing} ({first_line(error)}); the same command goes on {newest}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,8 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0].startswith("-"):
         console.complain("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
         sys.exit(UserError.status)
-    distributed.follow_launcher()
-    distributed.leave(run(arguments[0], arguments[1:]))
+    follow_launcher()
+    try:
+        status = run(arguments[0], arguments[1:])
+    except Exception:
+        traceback.print_exc()
+        status = RunError.status
+    distributed.leave(status)
 
 
 if __name__ == "__main__":

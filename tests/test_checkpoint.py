@@ -372,7 +372,7 @@ def test_what_verifies_but_cannot_be_read_is_refused_in_one_line(whole, name, ra
 def test_a_run_directory_has_one_run_at_a_time(tmp_path):
     first = rundir.RunDir(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        rundir.RunDir(tmp_path / "run")
+        rundir.RunDir(tmp_path / "run", patience=0.3)
     (line,) = str(caught.value).splitlines()
     assert line.startswith("run_dir: ")
     assert str(tmp_path / "run") in line

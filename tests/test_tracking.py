@@ -74,7 +74,7 @@ def test_tags_are_those_of_the_module_text(tmp_path):
     run = Run(tmp_path)
     run.update(1)
     run.tracker.evaluation(1, {"loss": 2.0, "accuracy": 0.5})
-    run.tracker.close()
+    run.tracker.flush()
     tags = set(scalars(tmp_path))
     of_groups = {f"{kind}/{group}" for kind in ("lr", "lr_effective", "lr_dropout/kept") for group in GROUPS}
     of_probes = {probe.tag for probe in run.tracker.probes}
@@ -86,7 +86,7 @@ def test_tags_are_those_of_the_module_text(tmp_path):
 def test_lr_of_groups_and_probes_is_what_was_applied(tmp_path):
     run = Run(tmp_path)
     moved = {step: run.update(step) for step in range(1, 13)}
-    run.tracker.close()
+    run.tracker.flush()
     seen = scalars(tmp_path)
     names = [name for name, _ in run.network.named_parameters()]
     for number, (group, lr) in enumerate(zip(GROUPS, LRS, strict=True)):
@@ -111,7 +111,7 @@ def test_without_lr_dropout_every_element_has_the_lr_of_its_group(tmp_path):
     run = Run(tmp_path, recipe=make_recipe(keep_prob=None))
     for step in (1, 2):
         run.update(step)
-    run.tracker.close()
+    run.tracker.flush()
     seen = scalars(tmp_path)
     for group, lr in zip(GROUPS, LRS, strict=True):
         assert set(seen[f"lr_effective/{group}"].values()) == {lr}
@@ -154,13 +154,13 @@ def test_each_step_is_shown_once_after_a_resume(tmp_path, clock, resumed_at):
     for step in range(resumed_at + 1, 13):
         second.update(step, loss=100 + step)
     second.tracker.evaluation(12, {"loss": 2.0})
-    second.tracker.close()
+    second.tracker.flush()
     seen = scalars(tmp_path)
     assert seen["train/loss"] == {step: step if step <= resumed_at else 100 + step for step in range(1, 13)}
     for tag in ("lr/group0", "lr_effective/head", second.tracker.probes[0].tag):
         assert list(seen[tag]) == list(range(1, 13))
     assert seen["test/loss"] == ({10: 1.0, 12: 2.0} if resumed_at == 10 else {12: 2.0})
-    first.tracker.close()
+    first.tracker.flush()
 
 
 def test_each_step_is_shown_once_after_many_resumes(tmp_path, clock):
@@ -168,14 +168,14 @@ def test_each_step_is_shown_once_after_many_resumes(tmp_path, clock):
         run = Run(tmp_path, step=start)
         for step in range(start + 1, start + 5):
             run.update(step, loss=start)
-        run.tracker.close()
+        run.tracker.flush()
         clock()
     assert scalars(tmp_path)["train/loss"] == {1: 0.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 1.0}
 
 
 def test_the_recipe_stands_in_the_texts(tmp_path):
     run = Run(tmp_path)
-    run.tracker.close()
+    run.tracker.flush()
     (text,) = events(tmp_path).Tensors("recipe/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
     assert yaml.safe_load(shown) == yaml.safe_load(run.recipe.dump())
@@ -185,7 +185,7 @@ def test_hyper_parameters_stand_beside_the_final_metrics(tmp_path):
     run = Run(tmp_path)
     run.update(1)
     run.tracker.hyper_parameters(1, {"accuracy": 0.75, "loss": 1.5})
-    run.tracker.close()
+    run.tracker.flush()
     metadata = events(tmp_path).summary_metadata
     start = HParamsPluginData.FromString(metadata["_hparams_/session_start_info"].plugin_data.content)
     values = start.session_start_info.hparams
@@ -214,7 +214,7 @@ def sources(tmp_path) -> dict[str, list[str]]:
     run = Run(tmp_path / "run")
     for step in range(1, 9):
         run.update(step)
-    run.tracker.close()
+    run.tracker.flush()
     (tmp_path / "empty").mkdir()
     alone = {name: [str(tmp_path / name)] for name in ("recipe.yaml", "run", "empty", "nowhere.yaml")}
     return {**alone, "recipe.yaml and run": alone["recipe.yaml"] + alone["run"]}
