@@ -54,10 +54,17 @@ def runs(root: Annotated[Path, typer.Argument(help="where the run directories ar
 def checkpoints(
     run_dir: Annotated[Path, typer.Argument(help="a run directory")],
     verify: Annotated[bool, typer.Option("--verify", help="hash each file; status 1 where one is damaged")] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="write the newest whole one's weights to this .safetensors file")
+    ] = None,
 ) -> None:
     """Table of a run's checkpoints."""
-    from lrd.report import checkpoints_table
+    from lrd.report import checkpoints_table, export_weights
 
+    if export is not None:
+        out = export
+        _guarded(lambda: export_weights(run_dir, out))
+        return
     if not _guarded(lambda: checkpoints_table(run_dir, verify)):
         raise typer.Exit(1)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from lrd import meeting
 from lrd import recipe as recipes
 from lrd.errors import UserError, describe
 
@@ -39,7 +40,7 @@ def start(trainer: recipes.Trainer) -> Accelerator:
         mixed_precision="bf16" if trainer.precision == "bf16" else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=trainer.timeout_minutes)),
+            InitProcessGroupKwargs(init_method=meeting.INIT_METHOD, timeout=timedelta(minutes=trainer.timeout_minutes)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lrd import meeting
+from lrd.errors import first_line
+
 _SECONDS_TO_ANSWER = 3.0
 _PACKAGE = str(Path(__file__).parent)
 
@@ -29,6 +33,11 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
     )
+
+
+def reason(error: BaseException) -> str:
+    """What a collective says of its failure, without the place in its sources and the advice."""
+    return re.sub(r"^\[[^]]*\] ", "", first_line(error)).split(". ")[0]
 
 
 class RollCall:
@@ -90,8 +99,7 @@ def _connect() -> Any:
 
 
 def _key(what: object) -> str:
-    """Of this start: the launcher's store outlives a restart of its ranks."""
-    return f"lrd/roll_call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
+    return f"{meeting.corner}/roll_call/{what}"
 
 
 def _innermost(frame: FrameType | None) -> str:

@@ -74,6 +74,18 @@ def checkpoints_table(run_dir: Path, verify: bool) -> bool:
     return whole
 
 
+def export_weights(run_dir: Path, out: Path) -> None:
+    """Write the newest whole checkpoint's weights to `out` and say how they load.
+
+    Raises:
+        UserError: there is none, or `out` cannot be written.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    path = checkpoint.export(run_dir, out)
+    console.say(f"{out}: the weights of {path}; safetensors.torch.load_file reads them")
+
+
 def _position(path: Path) -> list[str]:
     try:
         trainer = checkpoint.read_trainer(path)

@@ -20,8 +20,8 @@ class RunDir:
     """Holds the directory's lock while the run lives; `status.json` says how far it is. For one rank only.
 
     Args:
-        patience: seconds to wait for a run that is at work there, default SECONDS_TO_LEAVE: one whose launcher was killed
-            saves before it leaves.
+        patience: seconds to wait for a run that is at work there, default SECONDS_TO_LEAVE: one whose launcher was
+            killed saves before it leaves.
 
     Raises:
         UserError: the directory cannot be written, or another process stays at work in it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrd import checkpoint, console, distributed, peers
 from lrd import recipe as recipes
-from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe, first_line
+from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe
 from lrd.evaluate import evaluate
 from lrd.guard import Guard
 from lrd.job import Job, set_up
@@ -22,10 +22,10 @@ from lrd.replicas import compare_replicas
 from lrd.signals import StopSignals, follow_launcher
 
 
-def train(job: Job) -> int:
+def train(job: Job, signals: StopSignals) -> int:
     """The loop. Returns the exit status."""
     guard = Guard(job)
-    with StopSignals() as signals, job.writer or nullcontext(), Progress(job) as progress:
+    with job.writer or nullcontext(), Progress(job) as progress:
         stop_signal = end_step(job, progress, signals, 0) if is_evaluation_due(job) else 0  # it was interrupted
         if job.step >= job.total_steps and not progress.steps:
             console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
@@ -199,24 +199,30 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
 def run(recipe_path: str, overrides: list[str]) -> int:
     """One run from recipe to exit status; what a user, a disk or a peer got wrong is one line each."""
     job = None
-    try:
-        recipe = recipes.load(recipe_path, overrides)
-        job = set_up(recipe)
-        status = train(job)
-        job.close()
-        return status
-    except (UserError, OSError) as error:
-        message = describe(error) if isinstance(error, OSError) else str(error)
-        status = UserError.status if isinstance(error, OSError) else error.status
-        speaks = distributed.speaks()
-    except RuntimeError as error:
-        if not peers.is_lost_peer(error):
-            raise
+    with ExitStack() as stack:
+        try:
+            job = set_up(recipes.load(recipe_path, overrides))
+            stack.callback(job.close)
+            signals = stack.enter_context(StopSignals())  # until the end: a launcher sends one when a peer dies
+            return train(job, signals)
+        except (UserError, OSError, RuntimeError) as error:
+            return fail(job, error)
+
+
+def fail(job: Job | None, error: UserError | OSError | RuntimeError) -> int:
+    """Say what went wrong, once among the ranks. Returns the exit status; a fault of the program is raised again."""
+    speaks, status = distributed.speaks(), UserError.status
+    if isinstance(error, UserError):
+        message, status = str(error), error.status
+    elif isinstance(error, OSError):
+        message = describe(error)
+    elif peers.is_lost_peer(error):
         missing = (RollCall() if job is None else job.roll_call).call()
         message, status, speaks = describe_loss(job, error, missing or ""), RunError.status, missing is not None
+    else:
+        raise error
     if job is not None:
         job.report("failed", message=message)
-        job.close()
     for line in message.splitlines() if speaks else []:
         console.complain(f"lrd: {line}")
     return status
@@ -225,10 +231,10 @@ def run(recipe_path: str, overrides: list[str]) -> int:
 def describe_loss(job: Job | None, error: RuntimeError, missing: str) -> str:
     """A peer is gone or silent: which, when, and from where the same command goes on."""
     if job is None:
-        return f"the ranks could not start together: {missing} ({first_line(error)})"
+        return f"the ranks could not start together: {missing} ({peers.reason(error)})"
     steps = checkpoint.steps(Path(job.recipe.run_dir))
     newest = f"from step {steps[-1]}" if steps else "from the beginning"
-    return f"step {job.step + 1}: {missing} ({first_line(error)}); the same command goes on {newest}"
+    return f"step {job.step + 1}: {missing} ({peers.reason(error)}); the same command goes on {newest}"
 
 
 def main(arguments: list[str] | None = None) -> None:

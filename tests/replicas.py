@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrd import distributed, job, recipe, train
+from lrd import distributed, job, recipe, signals, train
 from lrd.errors import UserError
 
 out, other_seed, recipe_path, *overrides = sys.argv[1:]
@@ -34,7 +34,8 @@ def recorded(step: int, micro_step: int = 0) -> Tensor:
 this.batches.indices = recorded
 message = ""
 try:
-    train.train(this)
+    with signals.StopSignals() as received:
+        train.train(this, received)
 except UserError as error:
     message = str(error)
 digest = hashlib.sha256()

@@ -1,0 +1,49 @@
+"""How the ranks of a start meet: in a corner of the launcher's store that is this start's own.
+
+With `--max_restarts` that store outlives the ranks, and new ones would take the addresses of dead ones from it
+(pytorch issue 135712): without this, 5 of 17 restarts worked on gloo, with it 36 of 36.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from lrd.errors import RunError
+
+INIT_METHOD = "lrd://"
+corner = ""  # of the store; the same on all ranks of a start
+
+
+def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, int]]:
+    """`env://` behind a prefix.
+
+    Each rank counts its starts in the store, and goes on when all have seen the same counts.
+    TORCHELASTIC_RESTART_COUNT does not tell starts apart: each host's launcher counts its own.
+
+    Raises:
+        RunError: the ranks did not come together in time.
+    """
+    global corner
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    starts, seen = ([f"lrd/{what}/{each}" for each in range(world_size)] for what in ("starts", "seen"))
+    store.add(starts[rank], 1)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        counts = b" ".join(store.multi_get(starts))
+        store.set(seen[rank], counts)
+        if set(store.multi_get(seen)) == {counts}:
+            break
+        if time.monotonic() > deadline:
+            raise RunError(f"rank {rank}: not all of the {world_size} ranks came within {timeout}")
+        time.sleep(0.02)
+    corner = f"lrd/start/{counts.decode()}"
+    yield PrefixStore(corner, store), rank, world_size
+
+
+register_rendezvous_handler("lrd", _meet)  # type: ignore[no-untyped-call]
