@@ -55,7 +55,7 @@ class Guard:
         if self.in_a_row > 1:
             where += f"{self.in_a_row} steps in a row are not finite, the last: "
         if seen.has_finite_losses:
-            what = f"the gradient's norm is not finite ({seen.grad_norms[rank]}), though the losses are"
+            what = f"the gradient's norm is not finite ({seen.grad_norms[rank]}), the losses are; the cause is"
             faults = gather((describe_rank(), self._own_fault(), self._samples()))
         else:
             what = "the loss is not finite"

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lrd import __version__, checkpoint, console, data, distributed
 from lrd import recipe as recipes
+from lrd.batchnorm import synchronized
 from lrd.errors import UserError
 from lrd.models import build_model
 from lrd.optim import build_optimizer
@@ -162,8 +163,6 @@ def set_up(recipe: recipes.Recipe) -> Job:
 def _build(recipe: recipes.Recipe, accelerator: Accelerator, dataset: data.Dataset) -> Job:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     device = accelerator.device
-    if recipe.model.sync_batchnorm and device.type == "cpu":
-        raise UserError("model.sync_batchnorm: torch's SyncBatchNorm works on GPUs only")
     if recipe.model.num_classes is not None and recipe.model.num_classes < len(dataset.classes):
         raise UserError(
             f"model.num_classes: is {recipe.model.num_classes}, but the data has {len(dataset.classes)} classes"
@@ -173,6 +172,8 @@ def _build(recipe: recipes.Recipe, accelerator: Accelerator, dataset: data.Datas
     accumulation_steps = recipe.trainer.accumulation_steps
     batches = data.Batches(dataset.train, recipe.data, recipe.seed, rank, world_size, accumulation_steps)
     network = build_model(recipe.model, len(dataset.classes), recipe.seed).to(device)
+    if recipe.model.sync_batchnorm:
+        network = synchronized(network, device)
     if recipe.trainer.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, recipe)

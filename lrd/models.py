@@ -71,6 +71,4 @@ def build_model(section: recipes.Model, num_classes: int, seed: int) -> nn.Modul
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU's generator too
     model: nn.Module = ResNet(section.arch, section.num_classes or num_classes, section.width)
     torch.set_rng_state(state)
-    if section.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return model

@@ -186,7 +186,6 @@ def test_where_there_is_no_run_it_says_so(tmp_path, command, name):
         ("trainer.accumulation_steps=7", "data.batch_size"),
         ("data={dataset: imagefolder, root: nowhere}", "data.root"),
         ("model.num_classes=3", "model.num_classes"),
-        ("model.sync_batchnorm=true", "model.sync_batchnorm"),
         ("model.depth=3", "model.depth"),
         ("optimizer.groups=[{match: nothing.*}]", "optimizer.groups.0.match"),
         ("lr_dropout.keep_prob=0", "lr_dropout.keep_prob"),

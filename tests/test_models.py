@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrd import models, recipe
+from lrd import batchnorm, models, recipe
 from lrd.vision import torchvision
 
 
@@ -112,10 +112,31 @@ def test_building_a_model_does_not_disturb_the_generator_of_a_cuda_device():
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("synchronized", [False, True])
-def test_sync_batchnorm_replaces_every_batchnorm_and_no_weight(synchronized):
-    model = build(sync_batchnorm=synchronized)
-    kinds = {type(module) for name, module in model.named_modules() if "bn" in name or "downsample.1" in name}
-    assert kinds == {nn.SyncBatchNorm if synchronized else nn.BatchNorm2d}
+@pytest.mark.parametrize(("device", "kind"), [("cpu", batchnorm.SyncBatchNorm2d), ("cuda", nn.SyncBatchNorm)])
+def test_sync_batchnorm_replaces_every_batchnorm_and_no_weight(device, kind):
+    model = batchnorm.synchronized(build(), torch.device(device))
+    assert {type(module) for name, module in model.named_modules() if "bn" in name or "downsample.1" in name} == {kind}
     plain = build()
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_sync_batchnorm_on_one_rank_is_batchnorm():
+    plain, synchronized = nn.BatchNorm2d(3), batchnorm.SyncBatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    assert torch.equal(plain(x), synchronized(x))
+    assert torch.equal(plain.running_var, synchronized.running_var)
+
+
+def test_sync_batchnorm_sees_the_batches_of_all_ranks(monkeypatch):
+    """Two ranks, played by halves of a batch: the sum over both is what all_reduce would give."""
+    x = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    wide = x.double()
+    sums = torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+    monkeypatch.setattr(batchnorm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(batchnorm.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(batchnorm, "all_reduce", lambda _: sums)
+    plain, synchronized = nn.BatchNorm2d(3), batchnorm.SyncBatchNorm2d(3)
+    torch.testing.assert_close(synchronized(x[:4]), plain(x)[:4])
+    torch.testing.assert_close(synchronized.running_mean, plain.running_mean)
+    torch.testing.assert_close(synchronized.running_var, plain.running_var)
+    assert synchronized.num_batches_tracked == 1
