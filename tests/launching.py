@@ -21,17 +21,17 @@ SMALL = ["model.arch=resnet18", "model.width=4", "data.batch_size=64", "trainer.
 TIMEOUT = 120
 
 
-def command(ranks: int, target: list[str], config: str = "cpu.yaml") -> list[str]:
+def command(ranks: int, target: list[str], config: str = "cpu.yaml", restarts: int = 0) -> list[str]:
     """`target` (`-m module` or a script, and its arguments) on so many ranks; one CPU rank needs no launcher."""
     if ranks == 1 and config == "cpu.yaml":
         return [sys.executable, *target]
     config_file = str(ROOT / "launch" / "accelerate" / config)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
-    return [*launcher, "--num_processes", str(ranks), *target]
+    return [*launcher, "--num_processes", str(ranks), "--max_restarts", str(restarts), *target]
 
 
-def train_command(ranks: int, run_dir: Path, *overrides: str, config: str = "cpu.yaml") -> list[str]:
-    return command(ranks, ["-m", "lrd.train", RECIPE, f"run_dir={run_dir}", *SMALL, *overrides], config)
+def train_command(ranks: int, run_dir: Path, *overrides: str, config: str = "cpu.yaml", restarts: int = 0) -> list[str]:
+    return command(ranks, ["-m", "lrd.train", RECIPE, f"run_dir={run_dir}", *SMALL, *overrides], config, restarts)
 
 
 def environment() -> dict[str, str]:
@@ -55,6 +55,13 @@ def signal_all(process: subprocess.Popen[str], number: int) -> None:
     """To the launcher and its ranks: each rank has a session of its own, so the process group is not enough."""
     for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         one.send_signal(number)
+
+
+def rank_processes(launcher: subprocess.Popen[str], ranks: int) -> list[psutil.Process]:
+    """The launcher's ranks, rank 0 first."""
+    own = [one for one in psutil.Process(launcher.pid).children() if "RANK" in one.environ()]
+    assert len(own) == ranks
+    return sorted(own, key=lambda one: int(one.environ()["RANK"]))
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

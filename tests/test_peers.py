@@ -1,0 +1,102 @@
+"""A rank that dies or hangs is named, and the launcher goes on by itself where it may."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from launching import final_state, launch, rank_processes, scalars, start, train_command, wait_for
+from test_resume import assert_equal
+
+from lrd import checkpoint, meeting, peers
+
+LONG = ["trainer.epochs=50", "checkpoint.every_steps=5"]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_is_named_and_so_is_where_the_run_goes_on(tmp_path: Path, victim: int) -> None:
+    process = start(train_command(3, tmp_path / "run", *LONG, "data.batch_size=96"))
+    wait_for(lambda: bool(checkpoint.steps(tmp_path / "run")), process)
+    rank_processes(process, 3)[victim].kill()
+    output = process.communicate(timeout=60)[0]
+    (line,) = [line for line in output.splitlines() if line.startswith("lrd: ")]
+    assert f": rank {victim} did not answer a roll call" in line
+    kept = max(checkpoint.steps(tmp_path / "run"))
+    assert line.endswith(f"the same command goes on from step {kept}")
+    assert "lrd/train.py" not in output
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_when_time_is_up(tmp_path: Path) -> None:
+    process = start(train_command(2, tmp_path / "run", *LONG, "trainer.timeout_minutes=0.1"))
+    wait_for(lambda: bool(checkpoint.steps(tmp_path / "run")), process)
+    began = time.monotonic()
+    rank_processes(process, 2)[1].suspend()
+    output = process.communicate(timeout=90)[0]  # the launcher gives a stopped rank 30 s
+    assert time.monotonic() - began < 60
+    (line,) = [line for line in output.splitlines() if line.startswith("lrd: ")]
+    assert ": rank 1 did not answer a roll call" in line
+    assert "Timed out" in line
+
+
+@pytest.mark.parametrize("victims", [pytest.param([0, 1, 0], marks=pytest.mark.slow), [1]])
+def test_the_launcher_goes_on_by_itself_where_it_may(tmp_path: Path, victims: list[int]) -> None:
+    overrides = ["trainer.max_steps=60", "trainer.epochs=3", "checkpoint.every_steps=5"]
+    process = start([*train_command(2, tmp_path / "run", *overrides, restarts=3)])
+    for victim in victims:
+        before = max(checkpoint.steps(tmp_path / "run"), default=0)
+        wait_for(lambda before=before: max(checkpoint.steps(tmp_path / "run"), default=0) > before, process)
+        rank_processes(process, 2)[victim].kill()
+        time.sleep(0.5)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 0, output
+    assert output.count("going on after step") == len(victims)
+    assert launch(train_command(2, tmp_path / "undisturbed", *overrides)).returncode == 0
+    ends = [list(final_state(tmp_path / name)[:2]) for name in ("run", "undisturbed")]
+    assert_equal(ends[0], ends[1])
+    losses = [scalars(tmp_path / name)["train/loss"] for name in ("run", "undisturbed")]
+    assert losses[0] == losses[1]
+
+
+def test_where_everybody_answers_it_is_said_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of one process: their answers differ by the rank alone."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(meeting, "corner", "here")
+    rank = threading.local()
+    monkeypatch.setattr(peers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(peers.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(peers.dist, "get_rank", lambda: getattr(rank, "number", 1))
+    other = peers.RollCall()
+    other.step = 8
+    other.start()
+    rank.number = 0
+    caller = peers.RollCall()
+    caller.step = 7
+    said = caller.call()
+    assert said is not None
+    assert "all ranks answered" in said
+    assert "rank 0 on " in said
+    assert "after step 7" in said
+    assert "rank 1 on " in said
+    assert "after step 8" in said
+    assert caller.call() is None  # one says it
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[x/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1. Advice."), True),
+        (dist.DistNetworkError("no route"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_a_fault_of_the_program_is_no_lost_peer(error: Exception, is_lost: bool) -> None:
+    assert peers.is_lost_peer(error) == is_lost
+    assert peers.reason(error).startswith(("Connection closed by peer", "no route", "mat1", "gloo"))
+    assert "Advice" not in peers.reason(error)
