@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,12 @@ class LRDropout:
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
         # torch leaves hooks out of copies and pickles; this attaches LRDropout to the copy.
         optimizer.__reduce_ex__ = self._copies  # type: ignore[method-assign]
+        # A compiled step calls the hooks as they are: masks are drawn outside of its graph. Said here and not where
+        # they are defined, for it imports torch's compiler, which takes longer than all the rest of torch.
+        disable: Callable[..., Any] = torch.compiler.disable
         self._handles = [
-            optimizer.register_step_pre_hook(self._remember),
-            optimizer.register_step_post_hook(self._put_back),
+            optimizer.register_step_pre_hook(disable(self._remember)),
+            optimizer.register_step_post_hook(disable(self._put_back)),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
@@ -167,8 +170,6 @@ class LRDropout:
                     yield number, index, param
                 index += 1
 
-    # A compiled step calls the hooks as they are: masks are drawn outside of its graph.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _remember(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the step: copy what may have to be put back."""
@@ -190,7 +191,6 @@ class LRDropout:
                 before.copy_(param)
                 self._remembered.add(index)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After the step: dropped elements get their old bits back, and the update counts."""
