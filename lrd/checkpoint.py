@@ -17,6 +17,7 @@ import pickle
 import platform
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def save(run_dir: Path, state: State) -> Path:
         _refuse_a_full_disk(beside, state.nbytes)
         weights = {key: value.contiguous() for key, value in state.model.items()}
         safetensors.torch.save_file(weights, beside / _FILES[0])
-        torch.save(state.optimizer, beside / _FILES[1])
+        with (beside / _FILES[1]).open("wb") as stream:  # by its own name torch would not say what the system said
+            torch.save(state.optimizer, stream)
         trainer = {**state.trainer, "versions": versions()}
         (beside / _FILES[2]).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
         (beside / _FILES[0]).chmod((beside / _FILES[2]).stat().st_mode)  # safetensors' file is its owner's alone
@@ -117,11 +119,13 @@ def save(run_dir: Path, state: State) -> Path:
         beside.rename(target)
         _flush(target.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         if replaced.exists() and not target.exists():
             replaced.rename(target)
-        raise UserError(f"{target}: the checkpoint could not be written: {first_line(error)}") from error
-    shutil.rmtree(replaced, ignore_errors=True)
+        raise UserError(f"{target}: the checkpoint could not be written: {first_line(cause)}") from error
+    finally:
+        for left in (beside, replaced):
+            shutil.rmtree(left, ignore_errors=True)
     return target
 
 
@@ -135,7 +139,8 @@ def retain(run_dir: Path, keep_last: int, best_step: int | None) -> list[str]:
     """Delete older checkpoints, once the newest verified: all but `keep_last`, the best, and two that verify.
 
     Returns:
-        A line for each of the newest that does not verify. Nothing is deleted until there are two that do.
+        A line for each of the newest that did not verify and was moved aside. Nothing is deleted until there are two
+        that do.
     """
     present, faults, whole = steps(run_dir), [], 0
     for kept, step in enumerate(reversed(present)):
@@ -143,11 +148,17 @@ def retain(run_dir: Path, keep_last: int, best_step: int | None) -> list[str]:
             if step != best_step:
                 _delete(path_of(run_dir, step))
         elif whole < LEAST_KEPT and len(present) > keep_last:
-            why = damage(path_of(run_dir, step))
+            path = path_of(run_dir, step)
+            why = damage(path)
             whole += why is None
-            if why is not None:
-                faults.append(f"{path_of(run_dir, step)}: damaged: {why}; older ones are kept")
+            if why is not None and not _is_foreign(path):
+                faults.append(f"{path}: damaged: {why}; moved aside to {_move_aside(path).name}")
     return faults
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a checkpoint is of a layout that this lrd does not know; that is no damage."""
+    return manifest.layout_version(path) not in (None, *manifest.READABLE)
 
 
 def _delete(path: Path) -> None:
@@ -174,7 +185,7 @@ def survey(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         why = damage(path)
         if why is None:
             return path, passed_over
-        if manifest.layout_version(path) not in (None, *manifest.READABLE):
+        if _is_foreign(path):
             raise UserError(f"{path}: {why}")
         passed_over.append((path, why))
     return None, passed_over
@@ -230,13 +241,14 @@ def export(run_dir: Path, out: Path) -> Path:
     path, _ = survey(run_dir)
     if path is None:
         raise UserError(f"{run_dir}: no whole checkpoint in it")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside = out.parent / f".lrd-export.{os.getpid()}.tmp"
     try:
         shutil.copyfile(path / _FILES[0], beside)
         _flush(beside)
         beside.replace(out)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
     return path
 

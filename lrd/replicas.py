@@ -48,12 +48,18 @@ def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:
     for name in dict.fromkeys(name for _, digests in everyone for name in digests):
         values = [digests.get(name) for _, digests in everyone]
         if len(set(values)) > 1:
-            majority = max(values, key=values.count)
-            odd = [who for (who, _), value in zip(everyone, values, strict=True) if value != majority]
-            those = "those on the other ranks"
-            if 2 * len(odd) >= len(everyone):
-                those = "rank 0, and which is right cannot be told"
+            who = _describe_minority([who for who, _ in everyone], values)
             raise RunError(
-                f"step {step}: the replicas differ, first in {name}: {', '.join(odd)} differs from {those}; "
-                "no checkpoint is written after it"
+                f"step {step}: the replicas differ, first in {name}: {who}; no checkpoint is written after it"
             )
+
+
+def _describe_minority(ranks: list[str], values: list[Any]) -> str:
+    groups: dict[Any, list[str]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        groups.setdefault(value, []).append(rank)
+    most, *others = sorted(groups.values(), key=len, reverse=True)
+    if len(most) == len(others[0]):
+        return f"{' against '.join(', '.join(group) for group in groups.values())}, which is right cannot be told"
+    odd = [rank for group in others for rank in group]
+    return f"{', '.join(odd)} {'differs' if len(odd) == 1 else 'differ'} from the other ranks"

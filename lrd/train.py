@@ -223,6 +223,8 @@ def fail(job: Job | None, error: UserError | OSError | RuntimeError) -> int:
         raise error
     if job is not None:
         job.report("failed", message=message)
+    for line in [] if job is None or job.writer is None else job.writer.take_faults():
+        console.complain(f"lrd: {line}")
     for line in message.splitlines() if speaks else []:
         console.complain(f"lrd: {line}")
     return status

@@ -90,9 +90,9 @@ class Writer:
         return taken
 
     def _finish(self) -> None:
-        if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def _write(self, state: checkpoint.State, best_step: int | None) -> None:
         began = time.perf_counter()

@@ -1,22 +1,28 @@
 """Checkpoints on disk: written whole or not at all, verified before they are read; and the run directory."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import random
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
 import lrd
-from lrd import checkpoint, rundir
+from lrd import checkpoint, manifest, rundir
 from lrd.checkpoint import State
 from lrd.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.pt", "trainer.json")
+ALL_FILES = (*FILES, "manifest.json")
 
 
 def make_state(step: int) -> State:
@@ -32,6 +38,7 @@ def make_state(step: int) -> State:
     weights |= {"transposed": torch.randn(3, 2).t(), "half": torch.randn(3).bfloat16(), "scalar": torch.tensor(1.5)}
     schedule = {"steps": step, "scheduled": [0.1], "scheduler": {"last_epoch": step, "milestones": [1, 2]}}
     trainer = {"step": step, "epoch": 1, "samples": 64 * step, "best": {"step": 1, "accuracy": 0.1 + 0.2}}
+    trainer |= {"skipped": 2, "evaluated": step - 1}
     return State(weights, {"optimizer": optimizer.state_dict(), "schedule": schedule}, trainer)
 
 
@@ -64,28 +71,50 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def read_manifest(path: Path) -> dict:
+    """What a checkpoint's manifest says, but for the digest of itself."""
+    facts = json.loads((path / "manifest.json").read_text())
+    del facts["sha256"]
+    return facts
+
+
 def edit_manifest(path: Path, **changed) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **changed}))
+    """A manifest that says other things and vouches for them."""
+    (path / "manifest.json").write_text(manifest._render({**read_manifest(path), **changed}))
+
+
+def replace_in_manifest(path: Path, old: str, new: str) -> None:
+    text = (path / "manifest.json").read_text()
+    assert text.count(old) == 1
+    (path / "manifest.json").write_text(text.replace(old, new))
 
 
 def measure_anew(path: Path) -> None:
     """Make the manifest hold for the files as they are."""
-    files = {}
-    for name in FILES:
-        raw = (path / name).read_bytes()
-        files[name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    edit_manifest(path, files=files)
+    manifest.write(path, read_manifest(path)["step"], FILES)
+
+
+def as_layout_1(path: Path) -> None:
+    """Make a checkpoint what lrd 0.1 would have written."""
+    trainer = json.loads((path / "trainer.json").read_text())
+    del trainer["skipped"], trainer["evaluated"]
+    (path / "trainer.json").write_text(json.dumps(trainer, indent=1))
+    measure_anew(path)
+    facts = {"format": 1, "files": read_manifest(path)["files"]}
+    (path / "manifest.json").write_text(json.dumps(facts, indent=1))
 
 
 def test_a_checkpoint_has_the_published_layout(tmp_path):
     path = checkpoint.save(tmp_path, make_state(1234))
     assert path == tmp_path / "checkpoints" / "step-00001234"
     assert listed(tmp_path) == ["step-00001234"]
-    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "manifest.json"])
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest["files"]) == set(FILES)
-    for name, measured in manifest["files"].items():
+    assert sorted(file.name for file in path.iterdir()) == sorted(ALL_FILES)
+    facts = json.loads((path / "manifest.json").read_text())
+    vouched = facts.pop("sha256")
+    assert vouched == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    assert (facts["format"], facts["step"]) == (2, 1234)
+    assert set(facts["files"]) == set(FILES)
+    for name, measured in facts["files"].items():
         raw = (path / name).read_bytes()
         assert measured == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     assert checkpoint.damage(path) is None
@@ -112,10 +141,8 @@ def test_what_is_read_equals_what_was_saved(tmp_path):
 
 
 def test_the_weights_are_loadable_by_anyone(tmp_path):
-    from safetensors.torch import load_file
-
     state = make_state(1)
-    weights = load_file(checkpoint.save(tmp_path, state) / "model.safetensors")
+    weights = safetensors.torch.load_file(checkpoint.save(tmp_path, state) / "model.safetensors")
     assert all(torch.equal(weights[key], value) for key, value in state.model.items())
 
 
@@ -136,7 +163,7 @@ def test_everything_is_on_disk_before_it_is_published(tmp_path, monkeypatch):
     path = checkpoint.save(tmp_path, make_state(1))
     published = events.index(("published", path.name))
     before = {name for _, name in events[:published]}
-    assert {*FILES, "manifest.json"} <= before
+    assert set(ALL_FILES) <= before
     assert any(name.startswith(f".{path.name}") for name in before)
     assert ("flushed", "checkpoints") in events[published:]
 
@@ -180,14 +207,47 @@ def test_saving_a_step_that_exists_already_replaces_it(tmp_path):
     assert torch.equal(checkpoint.read(path).model["half"], second.model["half"])
 
 
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    state = make_state(2)
+    checkpoint.save(tmp_path, make_state(1))
+    before = content(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("something was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=state.nbytes - 1))
+        for owner, name in ((safetensors.torch, "save_file"), (torch, "save"), (Path, "write_text")):
+            patch.setattr(owner, name, fail)
+        with pytest.raises(UserError) as caught:
+            checkpoint.save(tmp_path, state)
+    (line,) = str(caught.value).splitlines()
+    assert "step-00000002: the checkpoint could not be written: it needs " in line
+    assert content(tmp_path) == before
+    assert listed(tmp_path) == ["step-00000001"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=state.nbytes))
+    assert checkpoint.damage(checkpoint.save(tmp_path, state)) is None
+
+
+def test_a_state_knows_the_bytes_of_all_its_tensors():
+    nested = {"state": {0: {"a": torch.zeros(3), "b": (torch.zeros(2).bool(), [torch.zeros(()).double()])}}, "lr": 0.1}
+    assert State({"w": torch.zeros(5, 2).bfloat16()}, nested, {"step": 1}).nbytes == 20 + 12 + 2 + 8
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    return checkpoint.save(tmp_path_factory.mktemp("saved"), make_state(1))
+def saved(tmp_path_factory) -> Callable[[int], Path]:
+    """The checkpoint of a step, written once."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    return functools.cache(lambda step: checkpoint.save(run_dir, make_state(step)))
+
+
+def publish(run_dir: Path, saved: Callable[[int], Path], *steps: int) -> list[Path]:
+    return [shutil.copytree(saved(step), checkpoint.path_of(run_dir, step)) for step in steps]
 
 
 @pytest.fixture
 def whole(saved, tmp_path) -> Path:
-    return shutil.copytree(saved, tmp_path / "checkpoints" / saved.name)
+    return publish(tmp_path, saved, 1)[0]
 
 
 def replace_by_folder(path: Path) -> None:
@@ -224,15 +284,20 @@ def test_damage_of_a_file_is_found_and_named(whole, name, act):
         lambda path: (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:-3]),
         lambda path: (path / "manifest.json").write_text("[]"),
         lambda path: (path / "manifest.json").write_text("{}"),
-        lambda path: edit_manifest(path, format=checkpoint.FORMAT + 1),
+        lambda path: edit_manifest(path, format=manifest.FORMAT + 1),
+        lambda path: edit_manifest(path, step=2),
+        lambda path: replace_in_manifest(path, '"step": 1', '"step": 2'),
+        lambda path: replace_in_manifest(path, '"format": 2', '"format": 1'),
+        lambda path: replace_in_manifest(path, '"step": 1', '"step":  1'),
+        lambda path: (path / "manifest.json").write_text(json.dumps(read_manifest(path))),
         lambda path: edit_manifest(path, files=[]),
         lambda path: edit_manifest(path, files={}),
-        lambda path: edit_manifest(path, files=dict.fromkeys(FILES, 3)),
         shutil.rmtree,
     ],
     ids=[
         *("missing", "empty", "garbage", "truncated", "a list", "an empty mapping", "of another layout"),
-        *("files a list", "no files", "files without hashes", "no folder"),
+        *("of another step", "another step written in", "another layout written in", "a space more", "no digest"),
+        *("files a list", "no files", "no folder"),
     ],
 )
 def test_damage_of_the_manifest_is_found_and_named(whole, act):
@@ -241,8 +306,136 @@ def test_damage_of_the_manifest_is_found_and_named(whole, act):
     assert line.startswith("manifest.json: ")
 
 
-def publish(run_dir: Path, saved: Path, *steps: int) -> list[Path]:
-    return [shutil.copytree(saved, checkpoint.folder(run_dir) / checkpoint.name(step)) for step in steps]
+def test_a_manifest_without_hashes_vouches_for_no_file(whole):
+    edit_manifest(whole, files=dict.fromkeys(FILES, 3))
+    line = checkpoint.damage(whole)
+    assert line.startswith("model.safetensors: ")
+    assert line.endswith("the manifest says None")
+
+
+def flip_bit_of(rng: random.Random, raw: bytes) -> bytes:
+    at = rng.randrange(len(raw))
+    return raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :]
+
+
+def change_byte_of(rng: random.Random, raw: bytes) -> bytes:
+    at = rng.randrange(len(raw))
+    return raw[:at] + rng.randbytes(1) + raw[at + 1 :]
+
+
+def repeat_chunk_of(rng: random.Random, raw: bytes) -> bytes:
+    start, end = sorted(rng.sample(range(len(raw) + 1), 2))
+    return raw[:end] + raw[start:]
+
+
+CHANGES = [
+    flip_bit_of,
+    change_byte_of,
+    repeat_chunk_of,
+    lambda rng, raw: raw[: rng.randrange(len(raw))],
+    lambda rng, raw: raw + rng.randbytes(rng.randint(1, 9)),
+    lambda rng, raw: b"",
+    lambda rng, raw: bytes(len(raw)),
+]
+
+
+def mutated(rng: random.Random, contents: dict[str, bytes], others: dict[str, bytes]) -> dict[str, bytes]:
+    """One random thing that befalls a checkpoint's files; `others` are another step's."""
+    name, second = rng.sample(ALL_FILES, 2)
+    kind = rng.randrange(len(CHANGES) + 3)
+    if kind < len(CHANGES):
+        return contents | {name: CHANGES[kind](rng, contents[name])}
+    if kind == len(CHANGES):
+        return contents | {name: contents[second], second: contents[name]}
+    if kind == len(CHANGES) + 1:
+        return contents | {name: others[name]}
+    return {key: raw for key, raw in contents.items() if key != name}
+
+
+def test_of_a_thousand_mutations_none_passes(tmp_path, saved):
+    path, other = publish(tmp_path, saved, 1, 2)
+    contents, others = ({name: (folder / name).read_bytes() for name in ALL_FILES} for folder in (path, other))
+    rng = random.Random(0)
+    passed, harmless = [], 0
+    for number in range(1000):
+        changed = mutated(rng, contents, others)
+        touched = [name for name in ALL_FILES if changed.get(name) != contents[name]]
+        for name in touched:
+            (path / name).unlink()
+            if name in changed:
+                (path / name).write_bytes(changed[name])
+        if (checkpoint.damage(path) is None) == bool(touched):
+            passed.append((number, touched))
+        harmless += not touched
+        for name in touched:
+            (path / name).write_bytes(contents[name])
+    assert passed == []
+    assert harmless < 10
+    assert checkpoint.damage(path) is None
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path, saved):
+    first, second = publish(tmp_path, saved, 1, 2)
+    renamed = second.rename(checkpoint.path_of(tmp_path, 3))
+    assert checkpoint.damage(renamed) == "manifest.json: is of step 2"
+    path, (line,) = checkpoint.newest(tmp_path)
+    assert path == first
+    assert line.startswith(f"{renamed}: damaged: manifest.json: is of step 2")
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_file_of_another_step_is_damage_in_both(tmp_path, saved, name):
+    first, second = publish(tmp_path, saved, 1, 2)
+    (first / name).rename(tmp_path / name)
+    (second / name).rename(first / name)
+    (tmp_path / name).rename(second / name)
+    for path in (first, second):
+        assert checkpoint.damage(path).startswith(f"{name}: ")
+    assert checkpoint.newest(tmp_path)[0] is None
+
+
+def test_layout_1_is_read(tmp_path, saved):
+    (path,) = publish(tmp_path, saved, 7)
+    as_layout_1(path)
+    assert checkpoint.newest(tmp_path) == (path, [])
+    assert checkpoint.export(tmp_path, tmp_path / "weights.safetensors") == path
+    back, expected = checkpoint.read(path), make_state(7)
+    assert same({key: back.model[key] for key in expected.model}, expected.model)
+    assert same(back.optimizer, expected.optimizer)
+    assert (back.trainer["skipped"], back.trainer["evaluated"]) == (0, 7)
+    assert back.trainer["samples"] == expected.trainer["samples"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_in_layout_1_is_found_and_named(tmp_path, saved, name):
+    first, second = publish(tmp_path, saved, 6, 7)
+    as_layout_1(second)
+    flip_a_bit(second / name)
+    assert checkpoint.damage(second).startswith(f"{name}: ")
+    assert checkpoint.newest(tmp_path)[0] == first
+
+
+def test_a_layout_to_come_is_refused_and_left_where_it_is(tmp_path, saved):
+    _, second, _ = publish(tmp_path, saved, 1, 2, 3)
+    edit_manifest(second, format=3)
+    flip_a_bit(checkpoint.path_of(tmp_path, 3) / "trainer.json")
+    before = content(tmp_path)
+    for look in (checkpoint.newest, checkpoint.survey):
+        with pytest.raises(UserError) as caught:
+            look(tmp_path)
+        (line,) = str(caught.value).splitlines()
+        assert line == f"{second}: manifest.json: layout version 3, this lrd reads 1, 2"
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("digit", "0139")
+def test_another_digit_in_the_layout_version_is_damage(tmp_path, saved, digit):
+    first, second = publish(tmp_path, saved, 1, 2)
+    replace_in_manifest(second, '"format": 2', f'"format": {digit}')
+    path, (line,) = checkpoint.newest(tmp_path)
+    assert path == first
+    assert line.startswith(f"{second}: damaged: manifest.json: sha256 ")
+    assert listed(tmp_path) == [first.name, f"{second.name}.damaged"]
 
 
 def test_the_newest_whole_one_is_found_and_damaged_ones_are_moved_aside(tmp_path, saved):
@@ -307,24 +500,142 @@ def test_a_stranger_that_is_named_like_a_checkpoint_is_never_chosen(tmp_path, sa
     assert checkpoint.newest(tmp_path)[0] == whole
 
 
+def test_what_a_second_save_had_put_aside_when_it_was_killed_is_put_back(tmp_path, saved):
+    _, second = publish(tmp_path, saved, 1, 2)
+    before = content(second)
+    shutil.copytree(second, second.with_name(f".{second.name}.77.tmp"))
+    second.rename(second.with_name(f".{second.name}.77.old.tmp"))
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.newest(tmp_path) == (second, [])
+    assert content(second) == before
+    assert listed(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_what_a_second_save_replaced_is_removed(tmp_path, saved):
+    (path,) = publish(tmp_path, saved, 2)
+    replaced = shutil.copytree(path, path.with_name(f".{path.name}.77.old.tmp"))
+    flip_a_bit(replaced / "trainer.json")
+    assert checkpoint.newest(tmp_path) == (path, [])
+    assert listed(tmp_path) == [path.name]
+
+
 @pytest.mark.parametrize(
     ("keep_last", "best", "kept"),
     [
-        (1, None, [5]),
+        (1, None, [4, 5]),
         (2, None, [4, 5]),
         (2, 1, [1, 4, 5]),
         (2, 4, [4, 5]),
-        (1, 5, [5]),
+        (3, 5, [3, 4, 5]),
         (9, 2, [1, 2, 3, 4, 5]),
-        (1, 77, [5]),
+        (2, 77, [4, 5]),
     ],
 )
 def test_the_newest_and_the_best_are_retained(tmp_path, saved, keep_last, best, kept):
     paths = publish(tmp_path, saved, 1, 2, 3, 4, 5)
     before = content(paths[-1])
-    checkpoint.retain(tmp_path, keep_last, best)
+    assert checkpoint.retain(tmp_path, keep_last, best) == []
     assert listed(tmp_path) == [checkpoint.name(step) for step in kept]
     assert content(paths[-1]) == before
+
+
+@pytest.mark.parametrize(
+    ("damaged", "best", "kept", "told"),
+    [
+        ([5], None, [3, 4], [5]),
+        ([5, 4], None, [2, 3], [5, 4]),
+        ([4], 1, [1, 3, 5], [4]),
+        ([5, 4, 3, 2], None, [1], [5, 4, 3, 2]),
+        ([5, 4, 3, 2, 1], 3, [], [5, 4, 3, 2, 1]),
+        ([2], None, [4, 5], []),
+    ],
+)
+def test_older_ones_are_retained_until_two_are_whole(tmp_path, saved, damaged, best, kept, told):
+    publish(tmp_path, saved, 1, 2, 3, 4, 5)
+    for step in damaged:
+        flip_a_bit(checkpoint.path_of(tmp_path, step) / "optimizer.pt")
+    lines = checkpoint.retain(tmp_path, 2, best)
+    assert checkpoint.steps(tmp_path) == kept
+    assert len(lines) == len(told)
+    for line, step in zip(lines, told, strict=True):
+        assert line.startswith(f"{checkpoint.path_of(tmp_path, step)}: damaged: optimizer.pt: ")
+        assert f"{checkpoint.name(step)}.damaged" in listed(tmp_path)
+
+
+def test_copies_under_other_steps_names_do_not_count_as_whole(tmp_path, saved):
+    publish(tmp_path, saved, 1, 2)
+    for step in (3, 4):
+        shutil.copytree(saved(2), checkpoint.path_of(tmp_path, step))
+    assert len(checkpoint.retain(tmp_path, 2, None)) == 2
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_of_another_layout_is_neither_counted_nor_touched(tmp_path, saved):
+    *_, newest = publish(tmp_path, saved, 1, 2, 3, 4)
+    edit_manifest(newest, format=3)
+    assert checkpoint.retain(tmp_path, 2, None) == []
+    assert checkpoint.steps(tmp_path) == [2, 3, 4]
+
+
+def test_export_writes_the_weights_of_the_newest_whole_one_and_touches_nothing_else(tmp_path, saved):
+    run_dir, out = tmp_path / "run", tmp_path / "weights.safetensors"
+    _, second, third = publish(run_dir, saved, 1, 2, 3)
+    flip_a_bit(third / "optimizer.pt")
+    for name in (f".{third.name}.77.tmp", f".{checkpoint.name(4)}.77.old.tmp"):
+        shutil.copytree(third, third.with_name(name))
+    before, names = content(run_dir), listed(run_dir)
+    out.write_text("older")
+    assert checkpoint.export(run_dir, out) == second
+    assert same(safetensors.torch.load_file(out), safetensors.torch.load_file(second / "model.safetensors"))
+    assert content(run_dir) == before
+    assert listed(run_dir) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", out.name]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (shutil, "copyfile")])
+def test_an_export_that_fails_midway_leaves_what_was_there(tmp_path, saved, monkeypatch, owner, name):
+    run_dir, out = tmp_path / "run", tmp_path / "weights.safetensors"
+    publish(run_dir, saved, 1)
+    out.write_text("older")
+
+    def fail(source, target=None):
+        if name == "copyfile":
+            target.write_text("a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(UserError) as caught:
+            checkpoint.export(run_dir, out)
+    assert str(caught.value) == f"{out}: cannot be written: {os.strerror(errno.ENOSPC)}"
+    assert out.read_text() == "older"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", out.name]
+
+
+@pytest.mark.parametrize("out", ["nowhere/weights", "run", "run/recipe.yaml/weights", "w" * 300, "."])
+def test_an_export_to_where_no_file_can_be_is_refused(tmp_path, saved, out):
+    publish(tmp_path / "run", saved, 1)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    before = content(tmp_path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.export(tmp_path / "run", tmp_path / out)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path / out}: cannot be written: ")
+    assert content(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("steps", [(), (1, 2)])
+def test_where_nothing_is_whole_nothing_is_exported(tmp_path, saved, steps):
+    run_dir, out = tmp_path / "run", tmp_path / "weights.safetensors"
+    for path in publish(run_dir, saved, *steps):
+        flip_a_bit(path / "model.safetensors")
+    out.write_text("older")
+    with pytest.raises(UserError, match="no whole checkpoint") as caught:
+        checkpoint.export(run_dir, out)
+    assert str(run_dir) in str(caught.value)
+    assert out.read_text() == "older"
+    assert checkpoint.steps(run_dir) == list(steps)
 
 
 class RunsCode:

@@ -1,22 +1,29 @@
 """The `lrd` command: exit status, one clear line on standard error, and what is left in the run directory."""
 
 import gc
+import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from launching import scalars
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from lrd import checkpoint, console
 from lrd.cli import app
+from lrd.errors import UserError
+from lrd.events import EventFile
 
 RECIPE = """
 data: {dataset: digits, batch_size: 64}
@@ -308,14 +315,118 @@ def test_fewer_steps_than_are_done_is_nothing_left_to_do(tmp_path, recipe):
     assert "nothing left to do: 2 of 1 steps are done" in result.stdout
 
 
-def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, recipe, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "events.out")
+FULL = "events.out: No space left on device"
 
-    for place in ("step", "flush"):
+
+@pytest.fixture
+def train_on_full_disk(tmp_path, recipe, monkeypatch) -> Callable[..., Result]:
+    """Trains with a checkpoint at each step; the event file takes no records when it is asked the `fails`-th times."""
+
+    def train(fails: Collection[int], *overrides: str) -> Result:
+        flush, calls = EventFile.flush, itertools.count(1)
+
+        def fail_at_times(events: EventFile) -> None:
+            if next(calls) in fails:
+                raise OSError(28, "No space left on device", "events.out")
+            flush(events)
+
         with monkeypatch.context() as patch:
-            patch.setattr(f"lrd.tracking.Tracker.{place}", full)
-            result = invoke("train", recipe, f"run_dir={tmp_path / place}")
+            patch.setattr("lrd.events._SECONDS_BETWEEN_FLUSHES", math.inf)
+            patch.setattr(EventFile, "flush", fail_at_times)
+            every = ["checkpoint.every_steps=1", "checkpoint.keep_best=false"]
+            return invoke("train", recipe, f"run_dir={tmp_path / 'run'}", *every, *overrides)
+
+    return train
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, train_on_full_disk):
+    result = train_on_full_disk(range(1, 100))
+    assert result.exit_code == 2
+    assert complaints(result) == [f"lrd: {FULL}"]
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_a_disk_that_stays_full_is_a_line_at_each_checkpoint_and_the_end_is_not_saved(
+    tmp_path, recipe, train_on_full_disk
+):
+    result = train_on_full_disk(range(2, 100))
+    assert result.exit_code == 2
+    *first, third, last = complaints(result)
+    assert first == [
+        f"lrd: {FULL}: no checkpoint of step {step} without TensorBoard's records; training goes on" for step in (1, 2)
+    ]
+    assert third == f"lrd: {FULL}: no checkpoint of step 3 without TensorBoard's records"
+    assert last == "lrd: the state after step 3 is not saved; start the same command again"
+    assert checkpoint.steps(tmp_path / "run") == []
+    assert status(tmp_path / "run")["state"] == "failed"
+    again = invoke("train", recipe, f"run_dir={tmp_path / 'run'}")
+    assert again.exit_code == 0, again.output
+    assert "3 in all, 3 by this start" in again.stdout
+    assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, train_on_full_disk, step):
+    result = train_on_full_disk({step + 1})
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line == f"lrd: {FULL}: no checkpoint of step {step} without TensorBoard's records; training goes on"
+    assert checkpoint.steps(tmp_path / "run") == [other for other in (1, 2, 3) if other != step]
+    path, passed_over = checkpoint.newest(tmp_path / "run")
+    assert path.name == checkpoint.name(3)
+    assert passed_over == []
+    assert status(tmp_path / "run")["state"] == "finished"
+    assert [seen for seen, _ in scalars(tmp_path / "run")["train/loss"]] == [1, 2, 3]
+
+
+def test_a_full_disk_stops_a_run_that_is_to_stop_then(tmp_path, recipe, train_on_full_disk):
+    result = train_on_full_disk({3}, "checkpoint.on_error=stop")
+    assert result.exit_code == 2
+    assert complaints(result) == [f"lrd: {FULL}: no checkpoint of step 2 without TensorBoard's records"]
+    assert checkpoint.steps(tmp_path / "run") == [1]
+    assert checkpoint.damage(checkpoint.path_of(tmp_path / "run", 1)) is None
+    assert status(tmp_path / "run")["state"] == "failed"
+    again = invoke("train", recipe, f"run_dir={tmp_path / 'run'}")
+    assert again.exit_code == 0, again.output
+    assert "3 in all, 2 by this start" in again.stdout
+    assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_line_and_the_next_one_can(tmp_path, recipe, monkeypatch):
+    save = checkpoint.save
+
+    def save_or_fail(run_dir: Path, state: checkpoint.State) -> Path:
+        if state.step == 2:
+            raise UserError("step-00000002: the checkpoint could not be written: no room")
+        return save(run_dir, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_fail)
+    result = invoke("train", recipe, f"run_dir={tmp_path / 'run'}", "checkpoint.every_steps=1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "lrd: step-00000002: the checkpoint could not be written: no room; training goes on\n"
+    assert checkpoint.newest(tmp_path / "run")[0].name == checkpoint.name(3)
+
+
+def test_export_writes_weights_that_load(run_dir, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    flip_a_bit(checkpoint.folder(run_dir) / checkpoint.name(3) / "model.safetensors")
+    result = invoke("checkpoints", run_dir, "--export", out)
+    assert result.exit_code == 0, result.output
+    assert checkpoint.name(2) in result.stdout
+    assert str(out) in result.stdout
+    weights, expected = load_file(out), checkpoint.read(checkpoint.path_of(run_dir, 2)).model
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    assert checkpoint.steps(run_dir) == [2, 3]
+
+
+def test_an_export_of_what_is_not_there_is_refused(run_dir, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    for step in (2, 3):
+        flip_a_bit(checkpoint.folder(run_dir) / checkpoint.name(step) / "model.safetensors")
+    for place in (run_dir, tmp_path / "nowhere"):
+        result = invoke("checkpoints", place, "--export", out)
+        (line,) = complaints(result)
         assert result.exit_code == 2
-        assert complaints(result) == ["lrd: events.out: No space left on device"]
-        assert status(tmp_path / place)["state"] == "failed"
+        assert str(place) in line
+    assert not out.exists()

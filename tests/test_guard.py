@@ -78,5 +78,5 @@ def test_steps_that_cannot_be_taken_one_after_the_other_end_the_run(ranks: list[
 
 def test_one_flipped_bit_on_one_rank_stops_the_run_and_no_checkpoint_follows(ranks: list[dict[str, Any]]) -> None:
     facts = ranks[0]["flipped bit"]
-    assert facts["message"].startswith(f"step {AT}: the replicas differ, first in {PARAMETER}: rank 1 on ")
+    assert facts["message"].startswith(f"step {AT}: the replicas differ, first in {PARAMETER}: rank 0 on ")
     assert facts["checkpoints"] == [5, 10]

@@ -32,10 +32,10 @@ def test_another_mask_seed_on_one_rank_makes_the_replicas_drift_apart(tmp_path: 
     assert first["weights"] != second["weights"]
 
 
-def test_replicas_that_differ_stop_the_run_with_rank_and_parameter_named(tmp_path: Path) -> None:
+def test_replicas_that_differ_stop_the_run_with_rank_and_setting_named(tmp_path: Path) -> None:
     for facts in replicas(tmp_path, "1", "trainer.max_steps=3"):
         assert facts["step"] == 1
-        assert facts["message"].startswith("step 1: the replicas differ, first in conv1.weight: rank 1 on ")
+        assert facts["message"].startswith("step 1: the replicas differ, first in mask_seed of group 0: rank 0 on ")
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
