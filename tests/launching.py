@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
 SMALL = ["model.arch=resnet18", "model.width=4", "data.batch_size=64", "trainer.fingerprint_every=1"]
+STEPS = ["trainer.epochs=2", "checkpoint.every_steps=5", "data.augment=crop"]  # 22 steps an epoch: 10 is in the middle
 TIMEOUT = 120
 
 

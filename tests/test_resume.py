@@ -8,12 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import final_state, launch, scalars, signal_all, start, train_command, wait_for
+from launching import STEPS, final_state, launch, scalars, signal_all, start, train_command, wait_for
 
 from lrd import checkpoint
 from lrd.errors import EXIT_STOPPED
 
-STEPS = ["trainer.epochs=2", "checkpoint.every_steps=5", "data.augment=crop"]  # 22 steps an epoch: 10 is in the middle
 SPEED = "train/images_per_second"
 
 
@@ -55,16 +54,6 @@ def kill_after(run_dir: Path, ranks: int, step: int, number: int, *overrides: st
     signal_all(process, number)
     output = process.communicate(timeout=60)[0]
     return process.returncode, output
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    runs = {}
-    for ranks in (1, 2):
-        runs[ranks] = tmp_path_factory.mktemp("undisturbed") / "run"
-        done = launch(train_command(ranks, runs[ranks], *STEPS))
-        assert done.returncode == 0, done.stdout + done.stderr
-    return runs
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
