@@ -6,6 +6,7 @@
 The import is cheap: torch and NumPy, nothing else.
 """
 
+import lrd.signals  # noqa: F401  before all: it notes the parent, and a launcher may die while torch is imported
 from lrd.dropout import LRDropout
 from lrd.magma import Magma
 

@@ -12,6 +12,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from lrd.errors import first_line
+
 _SECONDS_BETWEEN_FLUSHES = 5.0
 
 
@@ -56,8 +58,15 @@ class EventFile:
         """Hand all records to the file system.
 
         Raises:
-            OSError: they could not be written; they are kept for the next time.
+            OSError: they could not be written, names the file; they are kept for the next time.
         """
+        try:
+            self._write()
+        except OSError as error:
+            raise OSError(error.errno, first_line(error), str(self.path)) from error
+        self._flushed = time.monotonic()
+
+    def _write(self) -> None:
         with self.path.open("ab", buffering=0) as stream:
             if stream.tell() > self._whole:
                 stream.truncate(self._whole)  # a write that failed left part of a record
@@ -68,7 +77,6 @@ class EventFile:
         self._whole += len(content)
         self._pending.seek(0)
         self._pending.truncate()
-        self._flushed = time.monotonic()
 
     def sync(self) -> None:
         """Have what was flushed on the disk."""

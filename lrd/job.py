@@ -24,7 +24,7 @@ from lrd.peers import RollCall
 from lrd.replicas import compare_replicas
 from lrd.rundir import RunDir
 from lrd.schedules import Schedule, depends_on_length, run_length
-from lrd.tracking import Tracker
+from lrd.tracking import Tracker, recorded_at
 from lrd.writer import Writer
 
 
@@ -52,6 +52,13 @@ class Job:
     evaluated: int = 0  # the step after which the latest evaluation was
     best: dict[str, Any] | None = None
     latest: dict[str, float] = field(default_factory=dict)  # the latest evaluation
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """After the step it has come to; of a state that was saved in an evaluation it still is."""
+        epochs, rest = divmod(self.step, self.batches.steps_per_epoch)
+        ends_epochs = self.step > 0 and rest == 0 and epochs % self.recipe.trainer.eval_every == 0
+        return (self.step == self.total_steps or ends_epochs) and self.evaluated != self.step
 
     def report(self, state: str, **more: Any) -> None:
         """Put `state` and how far the run is into the run directory, from the main process, if that can be written."""
@@ -207,7 +214,8 @@ def _settle_buckets(job: Job) -> None:
 def _open_books(job: Job) -> None:
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
-    job.tracker = Tracker(job.run_dir.path, job.step, job.recipe, job.network, job.optimizer)
+    known = recorded_at(job.run_dir.path, job.step) if job.step and job.is_evaluation_due else set()
+    job.tracker = Tracker(job.run_dir.path, job.step, job.recipe, job.network, job.optimizer, known)
     job.writer = Writer(job.run_dir.path, job.recipe.checkpoint, job.tracker.events)
 
 
@@ -243,6 +251,8 @@ def _read_newest(run_dir: Path, seen: list[tuple[str, list[int]]]) -> tuple[Path
     for line in passed_over:
         console.say(line)
     if path is None:
+        if passed_over:
+            console.say(f"{run_dir}: no whole checkpoint is left; starting from the beginning")
         return run_dir, None
     state = checkpoint.read(path)
     console.say(f"{path}: going on after step {state.step}")

@@ -25,13 +25,14 @@ from lrd import meeting
 from lrd.errors import first_line
 
 _SECONDS_TO_ANSWER = 3.0
+_OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore|pair closure|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 _PACKAGE = str(Path(__file__).parent)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception comes from a collective that failed, and not from a fault in the program."""
     return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
+        isinstance(error, dist.DistError) or _OF_A_COLLECTIVE.search(str(error)) is not None
     )
 
 

@@ -10,14 +10,23 @@ import time
 from types import FrameType
 from typing import Any
 
+from lrd.errors import RunError
+
+PARENT = os.getppid()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher dies: its ranks would train on as orphans. Linux only."""
+    """Have the kernel send SIGTERM when the launcher dies: its ranks would train on as orphans. Linux only.
+
+    Raises:
+        RunError: it died before, while this process imported its modules.
+    """
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGTERM)
+        if os.getppid() != PARENT:
+            raise RunError("the launcher is gone")
 
 
 class StopSignals:

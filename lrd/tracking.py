@@ -8,10 +8,12 @@ by evaluation: `test/loss`, `test/accuracy`.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams, scalar, text
@@ -39,11 +41,20 @@ class Tracker:
         step: steps done so far. Records of later steps, by a run that was interrupted, are purged.
         recipe: written as text and as hyper-parameters.
         network, optimizer: whose groups and elements are recorded.
+        known: tags that have their record of `step` already, by a run that was killed between an evaluation and the
+            checkpoint that knew of it.
     """
 
     def __init__(
-        self, run_dir: Path, step: int, recipe: recipes.Recipe, network: nn.Module, optimizer: Optimizer
+        self,
+        run_dir: Path,
+        step: int,
+        recipe: recipes.Recipe,
+        network: nn.Module,
+        optimizer: Optimizer,
+        known: AbstractSet[str] = frozenset(),
     ) -> None:
+        self._known = {(tag, step) for tag in known}
         self.recipe = recipe
         self.optimizer = optimizer
         self.probes = choose_probes(network, optimizer, recipe.tracking.probes)
@@ -87,7 +98,8 @@ class Tracker:
             self._scalar(key, value, step)
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
-        self.events.add(scalar(tag, value), step)  # type: ignore[no-untyped-call]
+        if (tag, step) not in self._known:
+            self.events.add(scalar(tag, value), step)  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:
         """Hand everything to the file system: what a checkpoint says is done must be in the files.
@@ -96,6 +108,13 @@ class Tracker:
             OSError: it could not be written; nothing is lost, the next flush tries again.
         """
         self.events.flush()
+
+
+def recorded_at(run_dir: Path, step: int) -> set[str]:
+    """The tags of which `run_dir` has a record of a step. Reads all its event files, so not for every start."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}
 
 
 def choose_probes(network: nn.Module, optimizer: Optimizer, count: int) -> list[Probe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from contextlib import ExitStack, nullcontext
@@ -26,7 +27,7 @@ def train(job: Job, signals: StopSignals) -> int:
     """The loop. Returns the exit status."""
     guard = Guard(job)
     with job.writer or nullcontext(), Progress(job) as progress:
-        stop_signal = end_step(job, progress, signals, 0) if is_evaluation_due(job) else 0  # it was interrupted
+        stop_signal = end_step(job, progress, signals, 0) if job.step and job.is_evaluation_due else 0  # was cut short
         if job.step >= job.total_steps and not progress.steps:
             console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
         while job.step < job.total_steps and not stop_signal:
@@ -61,7 +62,7 @@ def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: in
     start, before the first step.
     """
     is_new_best = False
-    if is_evaluation_due(job) and not stop_signal:
+    if job.is_evaluation_due and not stop_signal:
         with progress.pause("evaluation"):
             stop_signal, is_new_best = run_evaluation(job, signals)
     if stop_signal or is_checkpoint_due(job, is_new_best):
@@ -120,12 +121,6 @@ def answer_fault(job: Job) -> None:
     if job.writer is not None:
         for line in lines:
             console.complain(f"lrd: {line}; training goes on")
-
-
-def is_evaluation_due(job: Job) -> bool:
-    epochs, rest = divmod(job.step, job.batches.steps_per_epoch)
-    is_due = job.step == job.total_steps or (rest == 0 and epochs % job.recipe.trainer.eval_every == 0)
-    return is_due and job.evaluated != job.step
 
 
 def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
@@ -187,7 +182,7 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
     if job.writer is not None:
         for line in lines:
             console.complain(f"lrd: {line}")
-    if job.step >= job.total_steps:
+    if job.step >= job.total_steps and not job.is_evaluation_due:
         job.report("finished")
         progress.summary()
         return EXIT_OK
@@ -244,9 +239,14 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or arguments[0].startswith("-"):
         console.complain("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
         sys.exit(UserError.status)
-    follow_launcher()
     try:
+        follow_launcher()
         status = run(arguments[0], arguments[1:])
+    except RunError as error:
+        console.complain(f"lrd: {error}")
+        status = error.status
+    except KeyboardInterrupt:  # before the first step
+        status = 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         status = RunError.status

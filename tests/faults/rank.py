@@ -194,6 +194,8 @@ def watch_files(event: Callable[..., None]) -> None:
     fsync, save_file, save = os.fsync, safetensors.torch.save_file, torch.save
 
     def audited(what: str, arguments: tuple[Any, ...]) -> None:
+        if what in ("os.listdir", "os.scandir") or (what == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return  # looking changes nothing: a kill before it is a kill after the event before
         if what.startswith(("os.", "open", "shutil.")) and arguments and isinstance(arguments[0], str | os.PathLike):
             folder = arguments[1] if what in ("os.remove", "os.rmdir") else -1
             event(what, arguments[0] if folder == -1 else f"{path_of(folder)}/{arguments[0]}")
