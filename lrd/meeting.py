@@ -6,6 +6,8 @@ With `--max_restarts` that store outlives the ranks, and new ones would take the
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,7 +16,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from lrd.errors import RunError
+from lrd.errors import RunError, first_line
 
 INIT_METHOD = "lrd://"
 corner = ""  # of the store; the same on all ranks of a start
@@ -27,9 +29,10 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
     TORCHELASTIC_RESTART_COUNT does not tell starts apart: each host's launcher counts its own.
 
     Raises:
-        RunError: the ranks did not come together in time.
+        RunError: the launcher is gone, or the ranks did not come together in time.
     """
     global corner
+    _refuse_orphans()
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     starts, seen = ([f"lrd/{what}/{each}" for each in range(world_size)] for what in ("starts", "seen"))
     store.add(starts[rank], 1)
@@ -44,6 +47,16 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
         time.sleep(0.02)
     corner = f"lrd/start/{counts.decode()}"
     yield PrefixStore(corner, store), rank, world_size
+
+
+def _refuse_orphans() -> None:
+    """A launcher's store is there before its ranks are; they would wait for one that is gone until time is up."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+        except OSError as error:
+            raise RunError(f"the launcher is gone: {address}:{port}: {first_line(error)}") from None
 
 
 register_rendezvous_handler("lrd", _meet)  # type: ignore[no-untyped-call]
