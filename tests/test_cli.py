@@ -4,7 +4,9 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -430,3 +432,34 @@ def test_an_export_of_what_is_not_there_is_refused(run_dir, tmp_path):
         assert result.exit_code == 2
         assert str(place) in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_start_says_where_it_begins(run_dir, recipe, damaged):
+    for step in checkpoint.steps(run_dir):
+        if damaged:
+            (checkpoint.path_of(run_dir, step) / "model.safetensors").write_bytes(b"")
+    result = invoke("train", recipe, f"run_dir={run_dir}")
+    assert result.exit_code == 0
+    assert ("no whole checkpoint is left; starting from the beginning" in result.stdout) == damaged
+    assert checkpoint.steps(run_dir)[-1] == 3
+
+
+def test_a_signal_in_the_last_evaluation_leaves_it_for_the_next_start(tmp_path, recipe, monkeypatch):
+    import lrd.train
+
+    def cut_short(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(lrd.train, "evaluate", cut_short)
+        result = invoke("train", recipe, f"run_dir={run_dir}")
+    assert result.exit_code == 75
+    assert "stopped by signal 15 after step 3, saved" in result.stdout
+    assert status(run_dir)["state"] == "stopped"
+    result = invoke("train", recipe, f"run_dir={run_dir}")
+    assert result.exit_code == 0
+    assert status(run_dir)["state"] == "finished"
+    assert status(run_dir)["best_accuracy"] is not None
+    assert checkpoint.read_trainer(checkpoint.path_of(run_dir, 3))["evaluated"] == 3

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from launching import STEPS, rank_processes, start, train_command, wait_for
 from test_resume import assert_same_end
 
-from lrd import checkpoint, meeting, peers
+from lrd import checkpoint, meeting, peers, signals
+from lrd.errors import RunError
 
 LONG = ["trainer.epochs=50", "checkpoint.every_steps=5"]
 
@@ -91,11 +95,29 @@ def test_where_everybody_answers_it_is_said_where_they_are(monkeypatch: pytest.M
     [
         (RuntimeError("[x/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1. Advice."), True),
         (dist.DistNetworkError("no route"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("gloo"), False),
     ],
 )
 def test_a_fault_of_the_program_is_no_lost_peer(error: Exception, is_lost: bool) -> None:
     assert peers.is_lost_peer(error) == is_lost
-    assert peers.reason(error).startswith(("Connection closed by peer", "no route", "mat1", "gloo"))
+    assert peers.reason(error).startswith(("Connection closed by peer", "no route", "App", "mat1", "gloo"))
     assert "Advice" not in peers.reason(error)
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody_soon:
+        port = nobody_soon.getsockname()[1]
+    for key, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(RunError, match=f"the launcher is gone: 127.0.0.1:{port}: Connection refused"):
+        next(meeting._meet("lrd://", timedelta(minutes=10)))
+
+
+def test_a_rank_that_lost_its_launcher_while_it_imported_modules_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(signals, "PARENT", signals.PARENT + 1)
+    monkeypatch.setattr(signals.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(prctl=lambda *_: 0))
+    with pytest.raises(RunError, match="the launcher is gone"):
+        signals.follow_launcher()

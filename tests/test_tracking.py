@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lrd import recipe as recipes
+from lrd import tracking
 from lrd.cli import app
 from lrd.optim import build_optimizer
 from lrd.tracking import Tracker, choose_probes
@@ -253,3 +254,33 @@ def test_lr_refuses_in_one_line(tmp_path, sources, what, out, said):
     assert line.startswith("lrd: ")
     assert said in line
     assert not (tmp_path / out).exists()
+
+
+def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
+    first = Run(tmp_path)
+    first.update(1)
+    first.tracker.evaluation(1, {"loss": 2.0})
+    first.tracker.flush()
+    known = tracking.recorded_at(tmp_path, 1)
+    assert {"train/loss", "test/loss"} <= known
+    assert tracking.recorded_at(tmp_path, 2) == set()
+    again = Tracker(tmp_path, 1, first.recipe, first.network, first.optimizer, known)
+    again.evaluation(1, {"loss": 2.0, "accuracy": 0.5})
+    again.evaluation(2, {"loss": 1.0})
+    again.flush()
+    seen = scalars(tmp_path)
+    assert seen["test/loss"] == {1: 2.0, 2: 1.0}
+    assert seen["test/accuracy"] == {1: 0.5}
+
+
+def test_a_skipped_step_moved_nothing(tmp_path):
+    run = Run(tmp_path)
+    run.update(1)
+    run.tracker.probe(2, LRS, moved=False)
+    run.tracker.step(2, LRS, {}, moved=False)
+    run.tracker.flush()
+    seen = scalars(tmp_path)
+    for group, lr in zip(GROUPS, LRS, strict=True):
+        assert seen[f"lr/{group}"][2] == lr
+        assert seen[f"lr_effective/{group}"][2] == seen[f"lr_dropout/kept/{group}"][2] == 0
+    assert all(seen[probe.tag][2] == 0 for probe in run.tracker.probes)
