@@ -16,8 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from lrd import meeting
 from lrd import recipe as recipes
+from lrd import rendezvous
 from lrd.errors import UserError, describe
 
 T = TypeVar("T")
@@ -35,12 +35,13 @@ def start(trainer: recipes.Trainer) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     if not use_cpu:
         torch.backends.cudnn.benchmark = not trainer.deterministic
+    timeout = timedelta(minutes=trainer.timeout_minutes)
     return Accelerator(
         cpu=use_cpu,
         mixed_precision="bf16" if trainer.precision == "bf16" else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            InitProcessGroupKwargs(init_method=meeting.INIT_METHOD, timeout=timedelta(minutes=trainer.timeout_minutes)),
+            InitProcessGroupKwargs(init_method=rendezvous.INIT_METHOD, timeout=timeout),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lrd import meeting
+from lrd import rendezvous
 from lrd.errors import first_line
 
 _SECONDS_TO_ANSWER = 3.0
@@ -100,7 +100,7 @@ def _connect() -> Any:
 
 
 def _key(what: object) -> str:
-    return f"{meeting.corner}/roll_call/{what}"
+    return f"{rendezvous.prefix}/roll_call/{what}"
 
 
 def _innermost(frame: FrameType | None) -> str:

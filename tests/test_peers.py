@@ -14,7 +14,7 @@ import torch.distributed as dist
 from launching import STEPS, rank_processes, start, train_command, wait_for
 from test_resume import assert_same_end
 
-from lrd import checkpoint, meeting, peers, signals
+from lrd import checkpoint, peers, rendezvous, signals
 from lrd.errors import RunError
 
 LONG = ["trainer.epochs=50", "checkpoint.every_steps=5"]
@@ -69,7 +69,7 @@ def test_where_everybody_answers_it_is_said_where_they_are(monkeypatch: pytest.M
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setattr(meeting, "corner", "here")
+    monkeypatch.setattr(rendezvous, "prefix", "here")
     rank = threading.local()
     monkeypatch.setattr(peers.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(peers.dist, "get_world_size", lambda: 2)
@@ -112,7 +112,7 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it(monkeypatch: pytest.
     for key, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(key, str(value))
     with pytest.raises(RunError, match=f"the launcher is gone: 127.0.0.1:{port}: Connection refused"):
-        next(meeting._meet("lrd://", timedelta(minutes=10)))
+        next(rendezvous._meet("lrd://", timedelta(minutes=10)))
 
 
 def test_a_rank_that_lost_its_launcher_while_it_imported_modules_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

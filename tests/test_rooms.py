@@ -35,7 +35,7 @@ FLOORS = {
         "rundir",
         "signals",
         "replicas",
-        "meeting",
+        "rendezvous",
         "batchnorm",
         "peers",
     ),

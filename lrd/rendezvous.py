@@ -1,4 +1,4 @@
-"""How the ranks of a start meet: in a corner of the launcher's store that is this start's own.
+"""How the ranks of a start find each other: behind a prefix of the launcher's store that is this start's own.
 
 With `--max_restarts` that store outlives the ranks, and new ones would take the addresses of dead ones from it
 (pytorch issue 135712): without this, 5 of 17 restarts worked on gloo, with it 36 of 36.
@@ -14,12 +14,13 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+from torch.distributed.rendezvous import register_rendezvous_handler
+from torch.distributed.rendezvous import rendezvous as rendezvous_of_torch
 
 from lrd.errors import RunError, first_line
 
 INIT_METHOD = "lrd://"
-corner = ""  # of the store; the same on all ranks of a start
+prefix = ""  # of this start's keys in the store; the same on all its ranks
 
 
 def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, int]]:
@@ -31,9 +32,9 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
     Raises:
         RunError: the launcher is gone, or the ranks did not come together in time.
     """
-    global corner
+    global prefix
     _refuse_orphans()
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(rendezvous_of_torch("env://", timeout=timeout))
     starts, seen = ([f"lrd/{what}/{each}" for each in range(world_size)] for what in ("starts", "seen"))
     store.add(starts[rank], 1)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -45,8 +46,8 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
         if time.monotonic() > deadline:
             raise RunError(f"rank {rank}: not all of the {world_size} ranks came within {timeout}")
         time.sleep(0.02)
-    corner = f"lrd/start/{counts.decode()}"
-    yield PrefixStore(corner, store), rank, world_size
+    prefix = f"lrd/start/{counts.decode()}"
+    yield PrefixStore(prefix, store), rank, world_size
 
 
 def _refuse_orphans() -> None:
