@@ -56,7 +56,10 @@ def kill_after(run_dir: Path, ranks: int, step: int, number: int, *overrides: st
     return process.returncode, output
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]  # test_faults and test_cli have one rank
+
+
+@pytest.mark.parametrize("ranks", ONE_AND_TWO)
 def test_killed_in_the_middle_of_an_epoch_and_started_again(
     tmp_path: Path, undisturbed: dict[int, Path], ranks: int
 ) -> None:
@@ -69,7 +72,7 @@ def test_killed_in_the_middle_of_an_epoch_and_started_again(
     assert_same_end(tmp_path / "run", undisturbed[ranks])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", ONE_AND_TWO)
 def test_sigterm_saves_at_the_next_step_and_leaves_with_its_status(
     tmp_path: Path, undisturbed: dict[int, Path], ranks: int
 ) -> None:

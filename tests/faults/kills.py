@@ -20,7 +20,7 @@ from .lab import Lab, Outcome, Trial
 
 VICTIMS = {1: ["rank 0"], 2: ["rank 0", "rank 1", "launcher", "all"], 3: ["rank 0", "rank 2", "launcher", "all"]}
 KILLS_IN_A_ROW = 5
-SHORT, LONG = "trainer.epochs=1", "trainer.epochs=4"
+SHORT, LONG, LONGER = "trainer.epochs=1", "trainer.epochs=4", "trainer.epochs=10"
 
 
 def random_kills(lab: Lab) -> Iterator[Trial]:
@@ -72,6 +72,24 @@ def kill(start: Start, victim: str, after: float) -> bool:
         start.signal(victim)
         return start.wait() != 0
     return False
+
+
+def ten_in_a_row(lab: Lab) -> Iterator[Trial]:
+    for ranks in (1, 2):
+        yield Trial(f"A ten SIGKILLs of one run, {ranks} rank(s)", partial(kill_ten_times, lab, ranks), 10)
+
+
+def kill_ten_times(lab: Lab, ranks: int, folder: Path) -> Outcome:
+    """Each after a few steps more than the life before came to."""
+    draw = lab.draw("ten", ranks)
+    job = Job(folder, ranks, LONGER)
+    for _ in range(10):
+        before = job.starts[-1].done if job.starts else 0
+        start = job.start()
+        start.reach(before + draw.randint(3, 18))
+        start.signal("all")
+        start.wait()
+    return lab.compared(job, Outcome(10, starts=job.finish()))
 
 
 def save_phases(lab: Lab) -> Iterator[Trial]:

@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Lab], Iterator[Trial]]] = {
     "load_phases": kills.load_phases,
     "orphans": kills.orphans,
     "twice": kills.twice_in_a_row,
+    "ten": kills.ten_in_a_row,
     "kills": kills.random_kills,
     "launcher_restarts": wrong.launcher_restarts,
 }
