@@ -8,7 +8,7 @@ from pathlib import Path
 from faults.kills import SHORT, kill_at_random, kill_in_save
 from faults.lab import Lab, Trial
 
-BEFORE_A_RENAME = 20  # of the things that a save does to files: the checkpoint is written and not yet published
+BEFORE_A_RENAME = 13  # of the things that a save does to files: the checkpoint is written and not yet published
 
 
 def test_runs_that_are_killed_end_like_one_that_is_not(tmp_path: Path) -> None:
