@@ -40,7 +40,7 @@ class State:
     """All that a resume needs.
 
     Attributes:
-        model: state_dict of the unwrapped network, on the CPU.
+        model: state_dict of the unwrapped network; on the CPU where it is saved or was read.
         optimizer: {"optimizer": state_dict, "schedule": state_dict}.
         trainer: JSON values: `step`, `epoch`, `samples`, `skipped` steps, `evaluated` (the step of the latest
             evaluation), `best` ({"step", "accuracy", "loss"} or None), `latest`, `identity` (what decides about the

@@ -55,7 +55,7 @@ class Guard:
         if self.in_a_row > 1:
             where += f"{self.in_a_row} steps in a row are not finite, the last: "
         if seen.has_finite_losses:
-            what = f"the gradient's norm is not finite ({seen.grad_norms[rank]}), the losses are; the cause is"
+            what = f"the gradient's norm is not finite ({seen.grad_norms[rank]}), though the losses are:"
             faults = gather((describe_rank(), self._own_fault(), self._samples()))
         else:
             what = "the loss is not finite"
@@ -63,8 +63,8 @@ class Guard:
             fault = None if torch.isfinite(torch.tensor(own)) else str(own)
             faults = gather((describe_rank(), fault, self._samples()))
         named = [f"{who} ({fault}; {samples})" for who, fault, samples in faults if fault]
-        origin = f" on {', '.join(named)}" if named else ", each rank's own gradient is finite: their sum is too large"
-        return f"{where}{what}{origin}; stopped before the optimizer's step, nothing is saved after it"
+        origin = f"on {', '.join(named)}" if named else "each rank's own gradient is finite, their sum is too large"
+        return f"{where}{what} {origin}; stopped before the optimizer's step, nothing is saved after it"
 
     def _own_fault(self) -> str | None:
         """This rank's first gradient that is not finite, from a second backward pass: the ranks' sum tells not whose.

@@ -214,7 +214,7 @@ def _settle_buckets(job: Job) -> None:
 def _open_books(job: Job) -> None:
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
-    known = recorded_at(job.run_dir.path, job.step) if job.step and job.is_evaluation_due else set()
+    known = recorded_at(job.run_dir.path, job.step) if job.is_evaluation_due else set()
     job.tracker = Tracker(job.run_dir.path, job.step, job.recipe, job.network, job.optimizer, known)
     job.writer = Writer(job.run_dir.path, job.recipe.checkpoint, job.tracker.events)
 

@@ -27,7 +27,7 @@ def train(job: Job, signals: StopSignals) -> int:
     """The loop. Returns the exit status."""
     guard = Guard(job)
     with job.writer or nullcontext(), Progress(job) as progress:
-        stop_signal = end_step(job, progress, signals, 0) if job.step and job.is_evaluation_due else 0  # was cut short
+        stop_signal = end_step(job, progress, signals, 0) if job.is_evaluation_due else 0  # one that was cut short
         if job.step >= job.total_steps and not progress.steps:
             console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
         while job.step < job.total_steps and not stop_signal:
@@ -228,7 +228,7 @@ def fail(job: Job | None, error: UserError | OSError | RuntimeError) -> int:
 def describe_loss(job: Job | None, error: RuntimeError, missing: str) -> str:
     """A peer is gone or silent: which, when, and from where the same command goes on."""
     if job is None:
-        return f"the ranks could not start together: {missing} ({peers.reason(error)})"
+        return f"the ranks could not start together: {missing or 'no roll call yet'} ({peers.reason(error)})"
     steps = checkpoint.steps(Path(job.recipe.run_dir))
     newest = f"from step {steps[-1]}" if steps else "from the beginning"
     return f"step {job.step + 1}: {missing} ({peers.reason(error)}); the same command goes on {newest}"
