@@ -1,8 +1,8 @@
 """How the ranks of a start find each other: behind a prefix of the launcher's store that is this start's own.
 
 With `--max_restarts` that store outlives the ranks, and new ones would take the addresses of dead ones from it
-(pytorch issue 135712). Kills of one rank after which the first restart worked, on gloo with static rendezvous on one host:
-5 of 17 without this, 21 of 21 with it.
+(pytorch issue 135712). Kills of one rank after which the first restart worked, on gloo with static rendezvous on one
+host: 5 of 17 without this, 21 of 21 with it.
 """
 
 from __future__ import annotations

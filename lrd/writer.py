@@ -29,7 +29,6 @@ class Writer:
         faults: a line for each write that failed, until they are taken.
         requested, published: the step that was last to be saved, and the one that last was; None: none yet.
         written: how many were published.
-        stalled: seconds in which the caller stood still for them.
         working: seconds that the writing took, in the background or not.
     """
 
@@ -39,7 +38,7 @@ class Writer:
         self.requested: int | None = None
         self.published: int | None = None
         self.written = 0
-        self.stalled = self.working = 0.0
+        self.working = 0.0
         self._copy: Any = None  # kept from write to write: fresh memory costs more than the copying
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
@@ -57,8 +56,7 @@ class Writer:
         Args:
             best_step: the checkpoint that retention spares.
         """
-        began = time.perf_counter()
-        self._finish()
+        self.wait()
         self.requested = state.step
         try:
             self.events.flush()
@@ -68,16 +66,15 @@ class Writer:
             copy = checkpoint.State(model, optimizer, state.trainer)
             self._under_way = self._thread.submit(self._write, copy, best_step)
             if not self.section.background:
-                self._finish()
+                self.wait()
         except OSError as error:
             self.faults.append(f"{describe(error)}: no checkpoint of step {state.step} without TensorBoard's records")
-        self.stalled += time.perf_counter() - began
 
     def wait(self) -> None:
         """Until nothing is under way."""
-        began = time.perf_counter()
-        self._finish()
-        self.stalled += time.perf_counter() - began
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def finish(self) -> tuple[list[str], bool]:
         """Wait; then the faults, and whether the step that was last to be saved is."""
@@ -88,11 +85,6 @@ class Writer:
         taken = self.faults[:]  # the writing thread may add more
         del self.faults[: len(taken)]
         return taken
-
-    def _finish(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
 
     def _write(self, state: checkpoint.State, best_step: int | None) -> None:
         began = time.perf_counter()
