@@ -23,13 +23,18 @@ from lrd.errors import UserError, describe
 T = TypeVar("T")
 
 
-def start(trainer: recipes.Trainer) -> Accelerator:
+def start(trainer: recipes.Trainer, facts: dict[str, Any]) -> Accelerator:
     """The Accelerator for this process, on the device that the launch file and `trainer.device` ask for.
 
+    Args:
+        facts: what must be equal on all ranks, by the key that a user knows it by; JSON.
+
     Raises:
-        UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and there is none.
+        UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and there is none; the
+            ranks do not agree on `facts`.
     """
     use_cpu = _use_cpu(trainer.device)
+    rendezvous.facts = {"device": "cpu" if use_cpu else "cuda", **facts}
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -154,20 +159,15 @@ def once_per_host(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def handshake(facts: dict[str, Any]) -> None:
-    """Refuse to start where the ranks do not agree on what they are about to do.
+    """Refuse to go on where the ranks do not have the same facts.
 
     Raises:
         UserError: a line for each fact that differs, with the ranks that have it otherwise than rank 0.
     """
     everyone = gather((describe_rank(), facts))
-    _, expected = everyone[0]
-    lines = []
-    for who, theirs in everyone[1:]:
-        for key in expected.keys() | theirs.keys():
-            if expected.get(key) != theirs.get(key):
-                lines.append(f"{key}: {who} has {theirs.get(key)!r}, rank 0 has {expected.get(key)!r}")
+    lines = rendezvous.differences([who for who, _ in everyone], [theirs for _, theirs in everyone])
     if lines:
-        raise UserError("\n".join(sorted(lines)))
+        raise UserError(lines)
 
 
 def make_buffers_equal(model: nn.Module) -> None:

@@ -144,14 +144,14 @@ def set_up(recipe: recipes.Recipe) -> Job:
     Raises:
         UserError: the same on every rank.
     """
-    accelerator = distributed.start(recipe.trainer)
+    code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
+    accelerator = distributed.start(recipe.trainer, {**code, **recipe.agreed()})
     roll_call = RollCall()
     roll_call.start()
     dataset = distributed.once_per_host(accelerator, lambda: data.load(recipe.data, recipe.seed))
     job = distributed.together(lambda: _build(recipe, accelerator, dataset))
     job.roll_call = roll_call
-    code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
-    distributed.handshake({**code, **job.identity})
+    distributed.handshake({"data.fingerprint": job.identity["data.fingerprint"]})
     distributed.on_main(lambda: _take_run_dir(job))
     seen = distributed.gather((distributed.describe_rank(), checkpoint.steps(Path(recipe.run_dir))))
     path, state = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir), seen))

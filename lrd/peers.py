@@ -25,6 +25,7 @@ from lrd import rendezvous
 from lrd.errors import first_line
 
 _SECONDS_TO_ANSWER = 3.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 _OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore|pair closure|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 _PACKAGE = str(Path(__file__).parent)
 
@@ -59,9 +60,10 @@ class RollCall:
     def _answer(self) -> None:
         try:
             store = _connect()
-            store.wait([_key("call")], timedelta(days=365))
+            while not store.check([_key("call")]):  # torch's wait() shows stack frames where the store goes
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
             store.set(_key(dist.get_rank()), self._say())
-        except (RuntimeError, ValueError):  # the store went with the rank or launcher that kept it
+        except (RuntimeError, ValueError, OSError):  # the store went with the rank or launcher that kept it
             pass
 
     def _say(self) -> str:
@@ -83,8 +85,8 @@ class RollCall:
             while time.monotonic() < until and not store.check([_key(rank) for rank in ranks]):
                 time.sleep(0.05)
             answers = {rank: json.loads(store.get(_key(rank))) for rank in ranks if store.check([_key(rank)])}
-        except (RuntimeError, ValueError):
-            return "rank 0 is gone, or the host that kept the ranks' store"
+        except (RuntimeError, ValueError, OSError):
+            return "rank 0 is gone, or the host that kept the ranks' store, or the way there is cut"
         missing = [f"rank {rank}" for rank in ranks if rank not in answers]
         if missing:
             return f"{', '.join(missing)} did not answer a roll call: gone, stopped or cut off"
@@ -93,8 +95,13 @@ class RollCall:
 
 
 def _connect() -> Any:
-    """A connection of one's own: the process group's is busy with what failed."""
+    """A connection of one's own: the process group's is busy with what failed.
+
+    Raises:
+        OSError: nothing listens there; looked at first, for torch shows stack frames.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection((address, port), timeout=5).close()
     seconds = timedelta(seconds=5)
     return dist.TCPStore(address, port, is_master=False, timeout=seconds, wait_for_workers=False)  # type: ignore[attr-defined]
 

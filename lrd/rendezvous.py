@@ -7,10 +7,11 @@ host: 5 of 17 without this, 21 of 21 with it.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,47 +19,112 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rendezvous import rendezvous as rendezvous_of_torch
 
-from lrd.errors import RunError, first_line
+from lrd import network
+from lrd.errors import RunError, UserError
 
 INIT_METHOD = "lrd://"
+_SECONDS_BETWEEN_LOOKS = 0.02
 prefix = ""  # of this start's keys in the store; the same on all its ranks
+facts: dict[str, Any] = {}  # what must be equal on all ranks before any of them does anything
+
+
+def agree(
+    store: Store,
+    number: int,
+    count: int,
+    deadline: float,
+    own: dict[str, Any],
+    waiting: Callable[[list[int]], None] = lambda missing: None,
+) -> tuple[str, list[dict[str, Any]]]:
+    """Go on when all of `count` parties are here at once.
+
+    Each counts its arrivals. Number 0 proposes the counts that it sees until each party has found its own among them:
+    one that is gone does not answer, and what it left behind proves nothing. Each party reads a key or two at a time,
+    whatever their number.
+
+    Args:
+        number: this party's.
+        deadline: of `time.monotonic`.
+        own: what this party says of itself; JSON.
+        waiting: gets the numbers that number 0 still waits for, at each look.
+
+    Returns:
+        a name for this meeting that no other has, and what each party said.
+
+    Raises:
+        TimeoutError: at the deadline; names who is missing, as far as this party can tell.
+    """
+    arrival = store.add(f"arrivals/{number}", 1)
+    store.set(f"says/{number}/{arrival}", json.dumps(own))
+    while True:
+        if number == 0:
+            store.set("proposal", json.dumps([store.add(f"arrivals/{each}", 0) for each in range(count)]))
+        proposal = store.get("proposal").decode() if store.check(["proposal"]) else "[]"
+        arrivals = json.loads(proposal)
+        if len(arrivals) == count and arrivals[number] == arrival:
+            store.set(f"agrees/{proposal}/{number}", "")
+            if store.check([f"agreed/{proposal}"]):
+                keys = [f"says/{each}/{times}" for each, times in enumerate(arrivals)]
+                return " ".join(map(str, arrivals)), [json.loads(said) for said in store.multi_get(keys)]
+        if number == 0:
+            missing = [each for each in range(count) if not store.check([f"agrees/{proposal}/{each}"])]
+            waiting(missing)
+            if not missing:
+                store.set(f"agreed/{proposal}", "")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{', '.join(map(str, missing))}" if number == 0 else "0")
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def differences(who: list[str], said: list[dict[str, Any]]) -> str:
+    """A line for each key that somebody has otherwise than the first; empty: all are the same."""
+    lines = []
+    for name, theirs in zip(who[1:], said[1:], strict=True):
+        for key in said[0].keys() | theirs.keys():
+            if theirs.get(key) != said[0].get(key):
+                lines.append(f"{key}: {name} has {theirs.get(key)!r}, {who[0]} has {said[0].get(key)!r}")
+    return "\n".join(sorted(lines))
 
 
 def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, int]]:
-    """`env://` behind a prefix.
+    """`env://` behind a prefix, when all ranks are here and `facts` are equal on all of them.
 
-    Each rank counts its starts in the store, and goes on when all have seen the same counts.
     TORCHELASTIC_RESTART_COUNT does not tell starts apart: each host's launcher counts its own.
 
     Raises:
         RunError: the launcher is gone, or the ranks did not come together in time.
+        UserError: a line for each fact that differs.
     """
     global prefix
-    _refuse_orphans()
-    store, rank, world_size = next(rendezvous_of_torch("env://", timeout=timeout))
-    starts, seen = ([f"lrd/{what}/{each}" for each in range(world_size)] for what in ("starts", "seen"))
-    store.add(starts[rank], 1)
     deadline = time.monotonic() + timeout.total_seconds()
-    while True:
-        counts = b" ".join(store.multi_get(starts))
-        store.set(seen[rank], counts)
-        if set(store.multi_get(seen)) == {counts}:
-            break
-        if time.monotonic() > deadline:
-            raise RunError(f"rank {rank}: not all of the {world_size} ranks came within {timeout}")
-        time.sleep(0.02)
-    prefix = f"lrd/start/{counts.decode()}"
+    _refuse_orphans(deadline)
+    store, rank, world_size = next(rendezvous_of_torch("env://", timeout=timeout))
+    host = {"host": socket.gethostname(), "address": network.address_towards(os.environ["MASTER_ADDR"])}
+    try:
+        meeting, said = agree(PrefixStore("lrd/ranks", store), rank, world_size, deadline, {**host, "facts": facts})
+    except TimeoutError as error:
+        raise RunError(
+            f"rank {rank} on {host['host']}: not all of the {world_size} ranks came within {timeout}: rank {error}"
+        ) from None
+    who = [f"rank {number} on {one['host']}" for number, one in enumerate(said)]
+    lines = differences(who, [one["facts"] for one in said])
+    if lines:
+        raise UserError(lines)
+    network.choose_interface([one["address"] for one in said], rank)
+    prefix = f"lrd/start/{meeting}"
     yield PrefixStore(prefix, store), rank, world_size
 
 
-def _refuse_orphans() -> None:
-    """A launcher's store is there before its ranks are; they would wait for one that is gone until time is up."""
+def _refuse_orphans(deadline: float) -> None:
+    """A launcher's store is there before its ranks are; they would wait for one that is gone until time is up.
+
+    A host that does not answer may be cut off for a while; one that refuses has no launcher any more.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection((address, port), timeout=10).close()
-        except OSError as error:
-            raise RunError(f"the launcher is gone: {address}:{port}: {first_line(error)}") from None
+        fault = network.wait_for_port(address, port, deadline, lambda error: isinstance(error, ConnectionRefusedError))
+        if fault:
+            raise RunError(f"the launcher is gone: {address}:{port}: {fault}")
 
 
 register_rendezvous_handler("lrd", _meet)  # type: ignore[no-untyped-call]

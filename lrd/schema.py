@@ -208,6 +208,14 @@ class Recipe(Section):
         """The resolved recipe as YAML: every key with its value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def agreed(self) -> dict[str, Any]:
+        """What must be the same on all ranks, as `section.key` -> value: all but where things lie."""
+        everything: dict[str, Any] = {}
+        for section, value in self.model_dump(mode="json").items():
+            keys = {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {}
+            everything |= keys or {section: value}
+        return {key: value for key, value in everything.items() if key not in ("data.root", "run_dir")}
+
     def mathematics(self) -> dict[str, Any]:
         """What decides about the numbers, as `section.key` -> value. The same before and after an interruption.
 

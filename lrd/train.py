@@ -230,7 +230,8 @@ def describe_loss(job: Job | None, error: RuntimeError, missing: str) -> str:
     if job is None:
         return f"the ranks could not start together: {missing or 'no roll call yet'} ({peers.reason(error)})"
     steps = checkpoint.steps(Path(job.recipe.run_dir))
-    newest = f"from step {steps[-1]}" if steps else "from the beginning"
+    nothing = "from the beginning" if job.run_dir is not None else "from rank 0's newest checkpoint"
+    newest = f"from step {steps[-1]}" if steps else nothing
     return f"step {job.step + 1}: {missing} ({peers.reason(error)}); the same command goes on {newest}"
 
 

@@ -24,6 +24,7 @@ FLOORS = {
         "recipe",
         "vision",
         "manifest",
+        "network",
     ),
     1: (
         "optim",
@@ -38,6 +39,7 @@ FLOORS = {
         "rendezvous",
         "batchnorm",
         "peers",
+        "hosts",
     ),
     2: (
         "checkpoint",

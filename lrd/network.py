@@ -1,0 +1,77 @@
+"""Addresses and interfaces: by which way a host reaches the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import psutil
+
+from lrd.errors import first_line
+
+_SECONDS_A_TRY = 5.0
+
+
+def wait_for_port(
+    address: str,
+    port: int,
+    deadline: float,
+    is_final: Callable[[OSError], bool] = lambda error: False,
+    waiting: Callable[[str], None] = lambda fault: None,
+) -> str:
+    """Until something listens there. Returns what was wrong at the deadline; empty: it listens.
+
+    Args:
+        deadline: of `time.monotonic`; one try is made in any case.
+        is_final: which errors end the wait at once.
+        waiting: gets what is wrong, at each try.
+    """
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=_SECONDS_A_TRY).close()
+            return ""
+        except OSError as error:
+            fault = "no answer" if isinstance(error, TimeoutError) else first_line(error)
+            if is_final(error) or time.monotonic() > deadline:
+                return fault
+            waiting(fault)
+        time.sleep(0.5)
+
+
+def address_towards(address: str) -> str:
+    """The address of this host from which packets to `address` leave. Nothing is sent. Empty: there is no way there."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0]).split("%")[0]
+    except OSError:
+        return ""
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has an address."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == address for entry in entries):
+            return str(name)
+    return None
+
+
+def choose_interface(addresses: list[str], rank: int) -> None:
+    """Have gloo listen where the other hosts can reach this one, unless GLOO_SOCKET_IFNAME says where.
+
+    On its own it takes the address that the host's name stands for, on many machines 127.0.1.1 or none at all.
+
+    Args:
+        addresses: each rank's, from which it reaches the main host.
+    """
+    own = addresses[rank]
+    if not own or ip_address(own).is_loopback:  # the main host's name stands for a loopback address on that host itself
+        others = [one for one in addresses if one and not ip_address(one).is_loopback]
+        own = address_towards(others[0]) if others else own
+    name = interface_of(own) if own else None
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
