@@ -88,12 +88,12 @@ def leave(status: int) -> NoReturn:
 def speaks() -> bool:
     """Whether this rank is to say what went wrong: rank 0, for all have the same error; before they met, one a host."""
     if dist.is_initialized():
-        return bool(dist.get_rank() == 0)
+        return process_index() == 0
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def describe_rank() -> str:
-    return f"rank {dist.get_rank() if dist.is_initialized() else 0} on {socket.gethostname()}"
+    return f"rank {process_index()} on {socket.gethostname()}"
 
 
 def gather(value: T) -> list[T]:
@@ -105,14 +105,24 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def from_main(value: T) -> T:
-    """Rank 0's value, on every rank."""
+def process_index() -> int:
+    """This rank; 0 where it is alone."""
+    return int(dist.get_rank()) if dist.is_initialized() else 0
+
+
+def from_rank(source: int, value: T) -> T:
+    """One rank's value, on every rank."""
     if not dist.is_initialized():
         return value
     values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=source)
     result: T = values[0]
     return result
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    return from_rank(0, value)
 
 
 def together(action: Callable[[], T]) -> T:
@@ -144,8 +154,7 @@ def on_main(action: Callable[[], T]) -> T:
         except OSError as error:  # a full disk, say: the others would wait for a rank that is gone
             return None, describe(error)
 
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    result, fault = from_main(act() if is_main else (None, None))
+    result, fault = from_main(act() if process_index() == 0 else (None, None))
     if fault is not None:
         raise UserError(fault)
     return result  # type: ignore[return-value]

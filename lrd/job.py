@@ -18,6 +18,7 @@ from lrd import __version__, checkpoint, console, data, distributed
 from lrd import recipe as recipes
 from lrd.batchnorm import synchronized
 from lrd.errors import UserError
+from lrd.handover import bring_newest
 from lrd.models import build_model
 from lrd.optim import build_optimizer
 from lrd.peers import RollCall
@@ -153,8 +154,8 @@ def set_up(recipe: recipes.Recipe) -> Job:
     job.roll_call = roll_call
     distributed.handshake({"data.fingerprint": job.identity["data.fingerprint"]})
     distributed.on_main(lambda: _take_run_dir(job))
-    seen = distributed.gather((distributed.describe_rank(), checkpoint.steps(Path(recipe.run_dir))))
-    path, state = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir), seen))
+    bring_newest(Path(recipe.run_dir))
+    path, state = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir)))
     if state is not None:
         distributed.together(lambda: job.restore(state, path))
         compare_replicas(job.network, job.optimizer, job.step)  # what was read on one rank arrived on all
@@ -229,24 +230,8 @@ def _take_run_dir(job: Job) -> None:
     job.run_dir = RunDir(Path(job.recipe.run_dir))
 
 
-def _read_newest(run_dir: Path, seen: list[tuple[str, list[int]]]) -> tuple[Path, checkpoint.State | None]:
-    """The newest good checkpoint. For rank 0 alone: what it read is what all get.
-
-    Args:
-        seen: each rank and the steps that it finds checkpoints of.
-
-    Raises:
-        UserError: another rank finds later ones, so that this is not the folder which the run wrote to.
-    """
-    (_, own), *others = seen
-    lines = [
-        f"run_dir: {who} finds a checkpoint of step {steps[-1]} in {run_dir}, rank 0 finds "
-        f"{f'none after {own[-1]}' if own else 'none'}: rank 0 must run on the host that has them"
-        for who, steps in others
-        if steps and steps[-1] > (own[-1] if own else -1)
-    ]
-    if lines:
-        raise UserError("\n".join(lines))
+def _read_newest(run_dir: Path) -> tuple[Path, checkpoint.State | None]:
+    """The newest good checkpoint. For rank 0 alone: what it read is what all get."""
     path, passed_over = checkpoint.newest(run_dir)
     for line in passed_over:
         console.say(line)

@@ -48,6 +48,7 @@ FLOORS = {
         "report",
         "doctor",
         "writer",
+        "handover",
         "events",
         "guard",
         "job",
