@@ -1,4 +1,4 @@
-"""The `lrd` command: train, lr, runs, checkpoints."""
+"""The `lrd` command: train, lr, runs, checkpoints, doctor."""
 
 from __future__ import annotations
 
@@ -67,6 +67,16 @@ def checkpoints(
         return
     if not _guarded(lambda: checkpoints_table(run_dir, verify)):
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    run_dir: Annotated[Path, typer.Argument(help="where the run would write: its disk is looked at")] = Path("runs"),
+) -> None:
+    """What this host offers, and what looks wrong. Of many: accelerate launch ... -m lrd.doctor"""
+    from lrd.doctor import run
+
+    raise typer.Exit(_guarded(lambda: run(run_dir)))
 
 
 def _guarded(action: Callable[[], T]) -> T:

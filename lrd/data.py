@@ -19,7 +19,7 @@ from torch import Tensor
 from lrd import philox
 from lrd import recipe as recipes
 from lrd.errors import UserError, first_line
-from lrd.images import list_folder, read_folder
+from lrd.images import in_turn, list_folder, read_folder
 from lrd.philox import Domain
 from lrd.vision import torchvision
 
@@ -107,7 +107,8 @@ def _cifar(section: recipes.Data) -> Dataset:
     parts = []
     for train in (True, False):
         try:
-            part = cls(section.root, train=train, download=True)
+            with in_turn(Path(section.root)):
+                part = cls(section.root, train=train, download=True)
         except (OSError, RuntimeError) as error:
             reason = first_line(error)
             raise UserError(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -27,9 +29,10 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from lrd import console, network
 from lrd.errors import EXIT_USER_ERROR, first_line
-from lrd.rendezvous import agree
+from lrd.rendezvous import Absent, agree
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_TO_LEAVE = 5.0
 
 
 def plug_in() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -53,31 +56,39 @@ class Hosts(RendezvousHandler):
         self.number = _machine_rank(parameters.get("rank"))
         self.name = f"{socket.gethostname()} (machine_rank {self.number})"
         self._server: TCPStore | None = None
+        self._store: PrefixStore | None = None  # of the launchers since they met
         self._met: list[int] = []
         self._said = 0.0
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # of the ranks: a store that went is worth no stack frames
         if self.number >= self.machines:
             _leave(f"--machine_rank: is {self.number}, but --num_machines is {self.machines}")
 
     def next_rendezvous(self) -> RendezvousInfo:
         deadline, self._said = time.monotonic() + self.seconds, time.monotonic()
+        own = {"name": self.name, "machines": self.machines}
         while True:
             store = self._serve() if self.number == 0 else self._join(deadline)
+            arrivals = PrefixStore("lrd/hosts", store)
             try:
-                meeting, said = agree(
-                    PrefixStore("lrd/hosts", store), self.number, self.machines, deadline,
-                    {"name": self.name, "machines": self.machines}, self._wait_for,
-                )  # fmt: skip
+                meeting, said = network.within(
+                    max(1.0, deadline - time.monotonic()) + 1.0,
+                    lambda: agree(arrivals, self.number, self.machines, deadline, own, self._wait_for),  # noqa: B023
+                )
                 break
             except TimeoutError as error:
-                _leave(f"{self.name}: the hosts did not come together within {self.seconds:.0f} s: no machine {error}")
-            except DistError:  # the main host died meanwhile
+                why = f"no machine {error}" if isinstance(error, Absent) else str(error)
+                _leave(f"{self.name}: the hosts did not come together within {self.seconds:.0f} s: {why}")
+            except DistError:
                 self._say("the main host is gone again")
         for one in said:
             if one["machines"] != self.machines:
                 _leave(f"--num_machines: {one['name']} has {one['machines']}, {self.name} has {self.machines}")
         self._met = [int(times) for times in meeting.split()]
-        own = PrefixStore(f"lrd/launchers/{meeting}", store)
-        return RendezvousInfo(own, self.number, self.machines, RendezvousStoreInfo(self.address, self.port))
+        self._store = PrefixStore(f"lrd/launchers/{meeting}", store)
+        bootstrap = RendezvousStoreInfo(self.address, self.port)
+        return RendezvousInfo(self._store, self.number, self.machines, bootstrap)
 
     def _serve(self) -> TCPStore:
         """The store of all launchers and ranks, kept on the main host."""
@@ -151,7 +162,19 @@ class Hosts(RendezvousHandler):
         return self.run_id
 
     def shutdown(self) -> bool:
+        """The main host's launcher leaves last, for the store goes with it and the others still ask it for the end."""
+        if self._store is not None:
+            with suppress(TimeoutError, DistError):
+                network.within(_SECONDS_TO_LEAVE, self._take_leave)
         return True
+
+    def _take_leave(self) -> None:
+        assert self._store is not None
+        if self.number != 0:
+            self._store.set(f"left/{self.number}", "")
+            return
+        while not self._store.check([f"left/{each}" for each in range(1, self.machines)]):
+            time.sleep(0.05)
 
 
 def _machine_rank(configured: str | None) -> int:

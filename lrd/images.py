@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +43,30 @@ def read_folder(folder: Path, size: int | None, skip_corrupt: bool) -> tuple[Ten
     cache = _cache_path(folder, files, size, skip_corrupt)
     cached = _read_cache(cache)
     if cached is None:
-        cached = _decode_all(folder, files, classes, size or _own_size(files, skip_corrupt), skip_corrupt)
-        _write_cache(cache, cached)
+        with in_turn(cache.parent):
+            cached = _read_cache(cache)  # another host may have been faster
+            if cached is None:
+                cached = _decode_all(folder, files, classes, size or _own_size(files, skip_corrupt), skip_corrupt)
+                _write_cache(cache, cached)
     return cached["pixels"], cached["labels"], classes
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """One process after the other, on all hosts that share the folder: the first makes what the others then find.
+
+    Where the folder cannot be written or its file system knows no locks, nobody waits.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lrd-lock").open("a")
+    except OSError:
+        yield
+        return
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:

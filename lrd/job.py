@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lrd import __version__, checkpoint, console, data, distributed
 from lrd import recipe as recipes
 from lrd.batchnorm import synchronized
+from lrd.compression import all_reduce_in_bf16
 from lrd.errors import UserError
 from lrd.handover import bring_newest
 from lrd.models import build_model
@@ -160,6 +161,8 @@ def set_up(recipe: recipes.Recipe) -> Job:
         distributed.together(lambda: job.restore(state, path))
         compare_replicas(job.network, job.optimizer, job.step)  # what was read on one rank arrived on all
     job.model, job.prepared_optimizer = accelerator.prepare(job.network, job.optimizer)
+    if recipe.trainer.gradient_compression == "bf16" and accelerator.num_processes > 1:
+        job.model.register_comm_hook(None, all_reduce_in_bf16)  # type: ignore[operator]
     if recipe.trainer.compile:
         job.network.compile()
     if accelerator.num_processes > 2:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from ipaddress import ip_address
+from typing import TypeVar
 
 import psutil
 
 from lrd.errors import first_line
 
+T = TypeVar("T")
 _SECONDS_A_TRY = 5.0
 
 
@@ -39,6 +42,31 @@ def wait_for_port(
                 return fault
             waiting(fault)
         time.sleep(0.5)
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Do something that talks to a store, whose calls know no time limit where the network is cut in one of them.
+
+    Raises:
+        TimeoutError: it is not done in time; it is left to itself.
+    """
+    results: list[T] = []
+    faults: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=act, name="store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if faults:
+        raise faults[0]
+    if not results:
+        raise TimeoutError("no answer from the store")
+    return results[0]
 
 
 def address_towards(address: str) -> str:

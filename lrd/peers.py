@@ -23,9 +23,11 @@ import torch.distributed as dist
 
 from lrd import rendezvous
 from lrd.errors import first_line
+from lrd.network import within
 
 _SECONDS_TO_ANSWER = 3.0
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_CONNECT = 5.0
 _OF_A_COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore|pair closure|[Cc]onnection (closed|reset|refused)|[Tt]imed out")
 _PACKAGE = str(Path(__file__).parent)
 
@@ -74,24 +76,31 @@ class RollCall:
         """Who did not answer, in a few words, or where each rank is if all did. None: another rank is to say so."""
         if not dist.is_initialized():
             return ""
-        ranks = range(dist.get_world_size())
+        rank, own = dist.get_rank(), self._say()
         try:
-            store = _connect()
-            store.set(_key(dist.get_rank()), self._say())
-            store.set(_key("call"), "now")
-            if store.add(_key("callers"), 1) > 1:
-                return None
-            until = time.monotonic() + _SECONDS_TO_ANSWER
-            while time.monotonic() < until and not store.check([_key(rank) for rank in ranks]):
-                time.sleep(0.05)
-            answers = {rank: json.loads(store.get(_key(rank))) for rank in ranks if store.check([_key(rank)])}
+            answers = within(_SECONDS_TO_ANSWER + 2 * _SECONDS_TO_CONNECT, lambda: self._collect(rank, own))
         except (RuntimeError, ValueError, OSError):
             return "rank 0 is gone, or the host that kept the ranks' store, or the way there is cut"
-        missing = [f"rank {rank}" for rank in ranks if rank not in answers]
+        if answers is None:
+            return None
+        missing = [f"rank {rank}" for rank in range(dist.get_world_size()) if rank not in answers]
         if missing:
             return f"{', '.join(missing)} did not answer a roll call: gone, stopped or cut off"
         places = [f"rank {r} on {a['host']} after step {a['step']}, in {a['where']}" for r, a in answers.items()]
         return f"all ranks answered a roll call: {'; '.join(places)}"
+
+    def _collect(self, rank: int, own: str) -> dict[int, dict[str, Any]] | None:
+        """The answers of those who answered. None: another rank collects them."""
+        ranks = range(dist.get_world_size())
+        store = _connect()
+        store.set(_key(rank), own)
+        store.set(_key("call"), "now")
+        if store.add(_key("callers"), 1) > 1:
+            return None
+        until = time.monotonic() + _SECONDS_TO_ANSWER
+        while time.monotonic() < until and not store.check([_key(each) for each in ranks]):
+            time.sleep(0.05)
+        return {each: json.loads(store.get(_key(each))) for each in ranks if store.check([_key(each)])}
 
 
 def _connect() -> Any:
@@ -101,8 +110,8 @@ def _connect() -> Any:
         OSError: nothing listens there; looked at first, for torch shows stack frames.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    socket.create_connection((address, port), timeout=5).close()
-    seconds = timedelta(seconds=5)
+    socket.create_connection((address, port), timeout=_SECONDS_TO_CONNECT).close()
+    seconds = timedelta(seconds=_SECONDS_TO_CONNECT)
     return dist.TCPStore(address, port, is_master=False, timeout=seconds, wait_for_workers=False)  # type: ignore[attr-defined]
 
 

@@ -24,8 +24,16 @@ from lrd.errors import RunError, UserError
 
 INIT_METHOD = "lrd://"
 _SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_OF_GRACE = 2.0
 prefix = ""  # of this start's keys in the store; the same on all its ranks
 facts: dict[str, Any] = {}  # what must be equal on all ranks before any of them does anything
+
+
+class Absent(TimeoutError):
+    """Some did not come in time."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(", ".join(map(str, numbers)))
 
 
 def agree(
@@ -52,7 +60,7 @@ def agree(
         a name for this meeting that no other has, and what each party said.
 
     Raises:
-        TimeoutError: at the deadline; names who is missing, as far as this party can tell.
+        Absent: at the deadline; who is missing, as far as this party can tell.
     """
     arrival = store.add(f"arrivals/{number}", 1)
     store.set(f"says/{number}/{arrival}", json.dumps(own))
@@ -72,7 +80,7 @@ def agree(
             if not missing:
                 store.set(f"agreed/{proposal}", "")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{', '.join(map(str, missing))}" if number == 0 else "0")
+            raise Absent(missing if number == 0 else [0])
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -100,11 +108,16 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
     _refuse_orphans(deadline)
     store, rank, world_size = next(rendezvous_of_torch("env://", timeout=timeout))
     host = {"host": socket.gethostname(), "address": network.address_towards(os.environ["MASTER_ADDR"])}
+    own = {**host, "facts": facts}
     try:
-        meeting, said = agree(PrefixStore("lrd/ranks", store), rank, world_size, deadline, {**host, "facts": facts})
+        meeting, said = network.within(
+            deadline - time.monotonic() + _SECONDS_OF_GRACE,
+            lambda: agree(PrefixStore("lrd/ranks", store), rank, world_size, deadline, own),
+        )
     except TimeoutError as error:
+        why = f"no rank {error}" if isinstance(error, Absent) else str(error)
         raise RunError(
-            f"rank {rank} on {host['host']}: not all of the {world_size} ranks came within {timeout}: rank {error}"
+            f"rank {rank} on {host['host']}: the {world_size} ranks did not come together within {timeout}: {why}"
         ) from None
     who = [f"rank {number} on {one['host']}" for number, one in enumerate(said)]
     lines = differences(who, [one["facts"] for one in said])

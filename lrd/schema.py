@@ -151,6 +151,7 @@ class Trainer(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulation_steps: Int = Field(1, gt=0, description="micro steps of one step")
     clip_norm: Float | None = Field(None, gt=0.0)
+    gradient_compression: Literal["none", "bf16"] = Field("none", description="of what the ranks send each other")
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
@@ -228,6 +229,8 @@ class Recipe(Section):
                 kept[f"{section}.{key}"] = value
         for key in ("precision", "accumulation_steps", "clip_norm"):
             kept[f"trainer.{key}"] = everything["trainer"][key]
+        if self.trainer.gradient_compression != "none":
+            kept["trainer.gradient_compression"] = self.trainer.gradient_compression
         for key in ("data.root", "data.num_samples" if self.data.dataset != "synthetic" else ""):
             kept.pop(key, None)
         if self.lr_dropout is not None:

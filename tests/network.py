@@ -99,9 +99,9 @@ def why_not() -> str:
 
 
 @contextmanager
-def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
-    """So many hosts; all their processes end with the block."""
-    prefix = f"lrd-{os.getpid()}-{next(_numbers)}"
+def hosts(number: int, folder: Path, delay: float = 0.0) -> Iterator[list[Host]]:
+    """So many hosts; all their processes end with the block. `delay`: seconds from a host to the switch and back."""
+    prefix, wires = f"lrd-{os.getpid()}-{next(_numbers)}", []
     switch = f"{prefix}-switch"
     own = [
         Host(i, f"host{i}", f"{prefix}-host{i}", switch, INTERFACES[i], f"10.77.0.{i + 1}", folder / f"host{i}")
@@ -114,9 +114,19 @@ def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
         _run("ip", "-n", switch, "link", "set", "nowhere", "master", "switch", "up")
         _run("ip", "-n", switch, "link", "set", "switch", "up")
         for host in own:
-            _connect(host)
+            host.folder.mkdir(parents=True, exist_ok=True)
+            _run("ip", "netns", "add", host.namespace)
+            if delay:
+                wires.append(_lay_long_cable(host, delay))
+            else:
+                far_end = ["peer", "name", host.interface, "netns", host.namespace]
+                _run("ip", "-n", switch, "link", "add", host.port, "type", "veth", *far_end)
+            _set_up(host)
         yield own
     finally:
+        for wire in wires:
+            wire.kill()
+            wire.communicate()
         for host in own:
             if Path("/run/netns", host.namespace).exists():
                 host.kill()
@@ -125,11 +135,16 @@ def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
             _run("ip", "netns", "del", switch)
 
 
-def _connect(host: Host) -> None:
-    host.folder.mkdir(parents=True, exist_ok=True)
-    _run("ip", "netns", "add", host.namespace)
-    far_end = ["peer", "name", host.interface, "netns", host.namespace]
-    _run("ip", "-n", host.switch, "link", "add", host.port, "type", "veth", *far_end)
+def _lay_long_cable(host: Host, delay: float) -> subprocess.Popen[str]:
+    wire = [sys.executable, str(ROOT / "tests" / "wire.py"), str(delay), host.port, host.interface]
+    process = subprocess.Popen(["ip", "netns", "exec", host.switch, *wire], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    _run("ip", "-n", host.switch, "link", "set", host.interface, "netns", host.namespace)
+    return process
+
+
+def _set_up(host: Host) -> None:
     _run("ip", "-n", host.switch, "link", "set", host.port, "master", "switch", "up")
     _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.interface)
     for device in ("lo", host.interface):

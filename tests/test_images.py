@@ -1,6 +1,8 @@
 """A folder of images: what is read, what the cache may answer, what is refused."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,7 +130,23 @@ def test_the_second_read_comes_from_the_cache(folder, decoded):
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert first[2] == second[2]
-    assert [path.name for path in (folder.parent / ".lrd-cache").iterdir()] == [caches(folder.parent)[0].name]
+    left = {path.name for path in (folder.parent / ".lrd-cache").iterdir()}
+    assert left == {caches(folder.parent)[0].name, ".lrd-lock"}
+
+
+def test_hosts_that_share_the_folder_decode_it_once(folder, decoded, monkeypatch):
+    """Two threads stand for two hosts: each opens the lock's file for itself."""
+    decode_all = images._decode_all
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return decode_all(*arguments)
+
+    monkeypatch.setattr(images, "_decode_all", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: read(folder), range(2))
+    assert sorted(decoded) == ["1.png", "a.bmp", "b.png"]
+    assert torch.equal(one[0], other[0])
 
 
 def test_another_size_is_another_cache(folder):
@@ -216,7 +234,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(folder, monkeyp
     monkeypatch.setattr(os, "replace", replace)
     assert colours(read(folder)[0]) == [RED, GREEN, BLUE]
     assert "No space left on device" in capsys.readouterr().out
-    assert list((folder.parent / ".lrd-cache").iterdir()) == []
+    assert [path.name for path in (folder.parent / ".lrd-cache").iterdir()] == [".lrd-lock"]
 
 
 @pytest.fixture

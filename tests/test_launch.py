@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import RECIPE, ROOT, SMALL, command, launch, train_command
+from launching import RECIPE, ROOT, SMALL, command, launch, scalars, train_command
 
 
 def replicas(tmp_path: Path, mask_seed_of_rank_1: str, *overrides: str) -> list[dict[str, object]]:
@@ -71,3 +71,20 @@ def test_one_process_under_the_launcher(tmp_path: Path) -> None:
     done = launch(train_command(1, tmp_path / "run", "trainer.max_steps=3", config="cpu-1.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 on cpu" in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_gradients_in_bf16_are_their_mean_to_bf16s_precision_and_replicas_stay_equal(
+    tmp_path: Path, ranks: int
+) -> None:
+    """The first step's loss is the same, the second's differs by what bfloat16 rounds off."""
+    losses = {}
+    for way in ("none", "bf16"):
+        run_dir = tmp_path / way
+        more = ["trainer.max_steps=6", "data.batch_size=96", f"trainer.gradient_compression={way}"]
+        done = launch(train_command(ranks, run_dir, *more))
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses[way] = [value for _, value in scalars(run_dir)["train/loss"]]
+    assert losses["none"][0] == losses["bf16"][0]
+    assert losses["none"][1:] != losses["bf16"][1:]
+    assert losses["none"] == pytest.approx(losses["bf16"], rel=2e-2)

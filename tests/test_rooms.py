@@ -40,6 +40,7 @@ FLOORS = {
         "batchnorm",
         "peers",
         "hosts",
+        "compression",
     ),
     2: (
         "checkpoint",

@@ -1,0 +1,121 @@
+"""Addresses, interfaces, meetings: what ranks and launchers rely on before there is a process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from lrd import network, rendezvous
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def soon(seconds: float = 5.0) -> float:
+    return time.monotonic() + seconds
+
+
+def test_all_who_are_there_agree_and_hear_each_other(store: dist.TCPStore) -> None:
+    with ThreadPoolExecutor(5) as pool:
+        meetings = list(
+            pool.map(lambda number: rendezvous.agree(store, number, 5, soon(), {"number": number}), range(5))
+        )
+    assert {name for name, _ in meetings} == {"1 1 1 1 1"}
+    assert all(said == [{"number": number} for number in range(5)] for _, said in meetings)
+
+
+@pytest.mark.parametrize("returning", [(0,), (2,), (0, 2)])
+def test_who_died_and_came_back_is_waited_for_by_the_others(store: dist.TCPStore, returning: tuple[int, ...]) -> None:
+    """All meet; some are started once more by themselves and must not go on until the others are there again."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: rendezvous.agree(store, number, 3, soon(), {}), range(3)))
+        early = [pool.submit(rendezvous.agree, store, number, 3, soon(), {}) for number in returning]
+        time.sleep(0.3)
+        assert not any(one.done() for one in early)
+        late = [
+            pool.submit(rendezvous.agree, store, number, 3, soon(), {})
+            for number in range(3)
+            if number not in returning
+        ]
+        assert {one.result()[0] for one in (*early, *late)} == {"2 2 2"}
+
+
+def test_one_that_arrived_and_died_is_not_taken_for_one_that_is_there(store: dist.TCPStore) -> None:
+    store.add("arrivals/1", 1)
+    missing: list[list[int]] = []
+    with pytest.raises(rendezvous.Absent, match=r"^1$"):
+        rendezvous.agree(store, 0, 2, soon(0.3), {}, missing.append)
+    assert missing[0] == [0, 1] or missing[0] == [1]
+    assert missing[-1] == [1]
+
+
+def test_differences_name_key_and_who() -> None:
+    said = [{"seed": 1, "lr": 0.1}, {"seed": 1, "lr": 0.1}, {"seed": 2, "lr": 0.1}, {"seed": 1}]
+    lines = rendezvous.differences(["a", "b", "c", "d"], said).splitlines()
+    assert lines == ["lr: d has None, a has 0.1", "seed: c has 2, a has 1"]
+    assert rendezvous.differences(["a", "b"], said[:2]) == ""
+
+
+def test_within_gives_results_and_errors_and_does_not_wait_for_ever() -> None:
+    assert network.within(5, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        network.within(5, lambda: 1 // 0)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        network.within(0.1, lambda: threading.Event().wait(3))
+    assert time.monotonic() - began < 2
+
+
+def test_waiting_for_a_port_ends_when_it_listens_when_it_refuses_for_good_and_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert network.wait_for_port("127.0.0.1", port, soon()) == ""
+    faults: list[str] = []
+    assert network.wait_for_port("127.0.0.1", port, soon(0.1), waiting=faults.append) == "Connection refused"
+    assert faults == ["Connection refused"]
+    began = time.monotonic()
+    assert network.wait_for_port("127.0.0.1", port, soon(60), lambda error: isinstance(error, ConnectionRefusedError))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        (["127.0.0.1", "127.0.0.1"], "lo"),  # one host
+        (["10.7.0.1", "10.7.0.2"], "eth9"),
+        (["127.0.1.1", "10.7.0.2"], "eth9"),  # the main host's own name stands for a loopback address there
+        (["", ""], None),  # no way to anywhere: gloo's own choice
+    ],
+)
+def test_gloo_listens_where_the_other_hosts_are(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], expected: str | None
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(network, "address_towards", lambda address: {"10.7.0.2": "10.7.0.1"}[address])
+    monkeypatch.setattr(network, "interface_of", {"10.7.0.1": "eth9", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get)
+    network.choose_interface(addresses, 0)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    network.choose_interface(addresses, 0)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+def test_addresses_and_interfaces_of_this_machine() -> None:
+    assert network.address_towards("127.0.0.1") == "127.0.0.1"
+    assert network.interface_of("127.0.0.1") == "lo"
+    assert network.interface_of("203.0.113.9") is None
+    assert network.address_towards("no-such-host.invalid") == ""
+
+
+def test_what_is_said_survives_json(store: dist.TCPStore) -> None:
+    own = {"name": "Jörg's host", "keys": [1, 2.5, None]}
+    assert rendezvous.agree(store, 0, 1, soon(), own)[1] == [json.loads(json.dumps(own))]
