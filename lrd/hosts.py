@@ -49,8 +49,10 @@ class Hosts(RendezvousHandler):
     """
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        self.address, self.port = parse_rendezvous_endpoint(parameters.endpoint, 29500)
         self.machines = parameters.max_nodes
+        self.address, self.port = parse_rendezvous_endpoint(parameters.endpoint, 29500)
+        if not parameters.endpoint and self.machines == 1:  # accelerate names none then; a free port will do
+            self.address, self.port = "127.0.0.1", 0
         self.run_id = parameters.run_id
         self.seconds = float(parameters.get("timeout", 600))
         self.number = _machine_rank(parameters.get("rank"))
@@ -99,6 +101,7 @@ class Hosts(RendezvousHandler):
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(target)
                 self._server = TCPStore(self.address, self.port, is_master=True, wait_for_workers=False)
+                self.port = self._server.port
             except (OSError, DistError) as error:
                 _leave(self._describe(error))
         return self._server

@@ -88,18 +88,36 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def choose_interface(addresses: list[str], rank: int) -> None:
+def choose_interface(addresses: list[str], rank: int) -> str:
     """Have gloo listen where the other hosts can reach this one, unless GLOO_SOCKET_IFNAME says where.
 
     On its own it takes the address that the host's name stands for, on many machines 127.0.1.1 or none at all.
 
     Args:
         addresses: each rank's, from which it reaches the main host.
+
+    Returns:
+        the address at which gloo will listen; empty where it cannot be told.
     """
     own = addresses[rank]
     if not own or ip_address(own).is_loopback:  # the main host's name stands for a loopback address on that host itself
         others = [one for one in addresses if one and not ip_address(one).is_loopback]
         own = address_towards(others[0]) if others else own
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if chosen:
+        entries = psutil.net_if_addrs().get(chosen, [])
+        return next((entry.address for entry in entries if entry.family == socket.AF_INET), "")
     name = interface_of(own) if own else None
     if name is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    return own
+
+
+def unreachable(targets: dict[str, tuple[str, int]]) -> list[str]:
+    """A line for each of the named addresses and ports that cannot be connected to from here."""
+    faults = []
+    for name, (address, port) in targets.items():
+        fault = wait_for_port(address, port, deadline=0.0)
+        if fault:
+            faults.append(f"cannot reach {name} at {address}, port {port}: {fault}")
+    return faults

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -123,9 +124,33 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
     lines = differences(who, [one["facts"] for one in said])
     if lines:
         raise UserError(lines)
-    network.choose_interface([one["address"] for one in said], rank)
     prefix = f"lrd/start/{meeting}"
+    listening_at = network.choose_interface([one["address"] for one in said], rank)
+    if len({one["host"] for one in said}) > 1:
+        _refuse_walls(PrefixStore(f"{prefix}/walls", store), rank, who, listening_at, deadline)
     yield PrefixStore(prefix, store), rank, world_size
+
+
+def _refuse_walls(store: Store, rank: int, who: list[str], address: str, deadline: float) -> None:
+    """Have the first rank of each host connect to those of the others, as gloo's ranks will.
+
+    A firewall may let the launchers' port through and no other. gloo itself would take five times the timeout to say
+    so, and not on all ranks.
+
+    Raises:
+        RunError: a line for each way that is closed; the same on all ranks.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with socket.create_server((address, 0)) if is_first and address else nullcontext() as server:
+        own = {"at": [address, server.getsockname()[1]] if server else None}
+        _, everyone = agree(PrefixStore("open", store), rank, len(who), deadline, own)
+        others = {who[each]: one["at"] for each, one in enumerate(everyone) if one["at"] and each != rank}
+        faults = network.unreachable(others) if server else []
+        _, everyone = agree(PrefixStore("tried", store), rank, len(who), deadline, {"faults": faults})
+    lines = [f"{who[each]} {fault}" for each, one in enumerate(everyone) for fault in one["faults"]]
+    if lines:
+        advice = "all TCP ports must be open between the hosts; GLOO_SOCKET_IFNAME names the interface"
+        raise RunError("\n".join([*lines, advice]))
 
 
 def _refuse_orphans(deadline: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 import time
@@ -9,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import RECIPE, SMALL, STEPS, final_state, launch, scalars, sha256, train_command, wait_for
+from launching import RECIPE, ROOT, SMALL, STEPS, final_state, launch, scalars, sha256, train_command, wait_for
 from network import Host, hosts, launcher, why_not
+from PIL import Image
 from test_resume import assert_same_end
 
 from lrd import checkpoint
@@ -22,11 +24,13 @@ TRAIN = ["-m", "lrd.train", RECIPE, "run_dir=run", *SMALL, *STEPS]
 class Launched:
     """A launcher on a host, and what it and its ranks said so far."""
 
-    def __init__(self, own: list[Host], host: Host, ranks: int, *overrides: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, own: list[Host], host: Host, ranks: int, *overrides: str, options: tuple[str, ...] = (), **more: str
+    ) -> None:
         self.host, self.said = host, ""
         self.began = time.monotonic()
         every = ("--rdzv_backend", "lrd", "--rdzv_conf", "timeout=60", *options)
-        self.process = host.start(launcher(own, host, ranks, [*TRAIN, *overrides], *every))
+        self.process = host.start(launcher(own, host, ranks, [*TRAIN, *overrides], *every), **more)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -177,3 +181,56 @@ def test_hosts_with_other_recipes_are_refused_with_host_and_key(
         assert "exitcode  : 2" in one.said
         assert "lrd/train.py" not in one.said
     assert not run_dir(two[0]).exists()
+
+
+def put_images(root: Path, shade: int) -> None:
+    """Two classes, 64 images for training and 8 for the test, of which the shade of one can differ."""
+    for part, count in (("train", 32), ("test", 4)):
+        for label in ("cat", "dog"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                colour = (shade, 0, 0) if number == 0 else (number, 100, 100)
+                Image.new("RGB", (8, 8), colour).save(root / part / label / f"{number:02}.png")
+
+
+@pytest.mark.slow
+def test_a_host_without_the_data_or_with_others_says_so_before_anything_starts(two: list[Host]) -> None:
+    own_data = ["data.dataset=imagefolder", "data.root=data", "data.augment=none"]
+    put_images(two[0].folder / "data", 10)
+    launched = [Launched(two, host, 2, *own_data) for host in two]
+    assert all(one.end() != 0 for one in launched)
+    missing = "data.root: data/train is not a folder; imagefolder needs train/<class>/* and test/<class>/* there"
+    assert launched[0].complaints == [f"lrd: rank 2 on host1: {missing}"]
+    put_images(two[1].folder / "data", 11)
+    launched = [Launched(two, host, 2, *own_data) for host in two]
+    assert all(one.end() != 0 for one in launched)
+    lines = launched[0].complaints
+    assert [line.split(" has ")[0] for line in lines] == [f"lrd: data.fingerprint: rank {r} on host1" for r in (2, 3)]
+    assert not run_dir(two[0]).exists()
+
+
+@pytest.mark.slow
+def test_a_host_with_other_code_is_refused(two: list[Host]) -> None:
+    """A copy of the package with one comment more, by PYTHONPATH."""
+    shutil.copytree(ROOT / "lrd", two[1].folder / "lrd")
+    with (two[1].folder / "lrd" / "mask.py").open("a") as stream:
+        stream.write("# one comment more\n")
+    launched = [Launched(two, two[0], 1), Launched(two, two[1], 1, PYTHONPATH=str(two[1].folder))]
+    for one in launched:
+        assert one.end() != 0
+        (line,) = one.complaints
+        assert line.startswith("lrd: lrd's source files: rank 1 on host1 has ")
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_reach_each_other_say_so_at_once(two: list[Host]) -> None:
+    """What a firewall does that lets the launchers' port through and nothing else."""
+    launched = [Launched(two, host, 1, GLOO_SOCKET_IFNAME="lo") for host in two]
+    for one in launched:
+        assert one.end() != 0
+        assert one.seconds < 60
+        lines = one.complaints
+        assert len(lines) == 3, one.said
+        assert lines[0].startswith("lrd: rank 0 on host0 cannot reach rank 1 on host1 at 127.0.0.1, port ")
+        assert lines[1].startswith("lrd: rank 1 on host1 cannot reach rank 0 on host0 at 127.0.0.1, port ")
+        assert lines[2].startswith("lrd: all TCP ports must be open between the hosts; ")

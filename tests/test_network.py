@@ -105,8 +105,18 @@ def test_gloo_listens_where_the_other_hosts_are(
     network.choose_interface(addresses, 0)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    network.choose_interface(addresses, 0)
+    assert network.choose_interface(addresses, 0) == ""
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert network.choose_interface(addresses, 0) == "127.0.0.1"
+
+
+def test_what_cannot_be_reached_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert network.unreachable({"rank 1 on b": ("127.0.0.1", port)}) == []
+    (line,) = network.unreachable({"rank 1 on b": ("127.0.0.1", port)})
+    assert line == f"cannot reach rank 1 on b at 127.0.0.1, port {port}: Connection refused"
 
 
 def test_addresses_and_interfaces_of_this_machine() -> None:
