@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from lrd import console, network
 from lrd.errors import EXIT_USER_ERROR, first_line
-from lrd.rendezvous import Absent, agree
+from lrd.rendezvous import LAUNCHERS, LAUNCHERS_MEETING, Absent, agree
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_TO_LEAVE = 5.0
@@ -61,9 +61,8 @@ class Hosts(RendezvousHandler):
         self._store: PrefixStore | None = None  # of the launchers since they met
         self._met: list[int] = []
         self._said = 0.0
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # of the ranks: a store that went is worth no stack frames
+        # For the ranks, which inherit it: torch gives a store that went the frames of a crash.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if self.number >= self.machines:
             _leave(f"--machine_rank: is {self.number}, but --num_machines is {self.machines}")
 
@@ -71,10 +70,10 @@ class Hosts(RendezvousHandler):
         deadline, self._said = time.monotonic() + self.seconds, time.monotonic()
         own = {"name": self.name, "machines": self.machines}
         while True:
-            store = self._serve() if self.number == 0 else self._join(deadline)
-            arrivals = PrefixStore("lrd/hosts", store)
+            store = self._serve(deadline) if self.number == 0 else self._join(deadline)
+            arrivals = PrefixStore(LAUNCHERS, store)
             try:
-                meeting, said = network.within(
+                meeting = network.within(
                     max(1.0, deadline - time.monotonic()) + 1.0,
                     lambda: agree(arrivals, self.number, self.machines, deadline, own, self._wait_for),  # noqa: B023
                 )
@@ -84,17 +83,18 @@ class Hosts(RendezvousHandler):
                 _leave(f"{self.name}: the hosts did not come together within {self.seconds:.0f} s: {why}")
             except DistError:
                 self._say("the main host is gone again")
-        for one in said:
+        for one in meeting.said:
             if one["machines"] != self.machines:
                 _leave(f"--num_machines: {one['name']} has {one['machines']}, {self.name} has {self.machines}")
-        self._met = [int(times) for times in meeting.split()]
-        self._store = PrefixStore(f"lrd/launchers/{meeting}", store)
+        self._met = meeting.arrivals
+        self._store = PrefixStore(f"{LAUNCHERS}/{meeting.name}", store)
+        os.environ[LAUNCHERS_MEETING] = meeting.name  # for the ranks
         bootstrap = RendezvousStoreInfo(self.address, self.port)
         return RendezvousInfo(self._store, self.number, self.machines, bootstrap)
 
-    def _serve(self) -> TCPStore:
+    def _serve(self, deadline: float) -> TCPStore:
         """The store of all launchers and ranks, kept on the main host."""
-        if self._server is None:
+        while self._server is None:
             try:
                 family, kind, _, _, target = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)[0]
                 with socket.socket(family, kind) as probe:
@@ -103,7 +103,11 @@ class Hosts(RendezvousHandler):
                 self._server = TCPStore(self.address, self.port, is_master=True, wait_for_workers=False)
                 self.port = self._server.port
             except (OSError, DistError) as error:
-                _leave(self._describe(error))
+                is_name = isinstance(error, socket.gaierror)  # one's own may come to be known later than one starts
+                if not is_name or time.monotonic() > deadline:
+                    _leave(self._describe(error))
+                self._say(f"waiting for the name {self.address}: {first_line(error)}")
+                time.sleep(0.5)
         return self._server
 
     def _describe(self, error: OSError | DistError) -> str:
@@ -145,7 +149,7 @@ class Hosts(RendezvousHandler):
         """
         if self.number != 0 or self._server is None:
             return 0
-        arrivals = PrefixStore("lrd/hosts", self._server)
+        arrivals = PrefixStore(LAUNCHERS, self._server)
         return sum(arrivals.add(f"arrivals/{each}", 0) > times for each, times in enumerate(self._met))
 
     def get_backend(self) -> str:

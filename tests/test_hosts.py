@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import RECIPE, ROOT, SMALL, STEPS, final_state, launch, scalars, sha256, train_command, wait_for
 from network import Host, hosts, launcher, why_not
@@ -97,6 +98,31 @@ def test_a_host_that_died_comes_back_and_the_run_goes_on_by_itself(
     assert_same_end(run_dir(two[0]), undisturbed[2])
     (line,) = launched[1 - victim].complaints
     assert "rank 1 did not answer" in line if victim else "rank 0 is gone" in line
+
+
+@pytest.mark.slow
+def test_a_main_host_that_is_replaced_while_the_other_hosts_ranks_start(
+    two: list[Host], undisturbed: dict[int, Path]
+) -> None:
+    """They would wait in the new one's store, and its launcher for theirs."""
+    again = ("--max_restarts", "3")
+    launched = [Launched(two, host, 1, options=again) for host in two]
+
+    def ranks() -> list[psutil.Process]:
+        return [process for process in two[1].processes() if "RANK" in process.environ()]
+
+    wait_for(lambda: bool(ranks()), launched[1].process)
+    (rank,) = ranks()
+    rank.suspend()
+    two[0].kill()
+    launched[0].end()
+    launched[0] = Launched(two, two[0], 1, options=again)
+    time.sleep(8)  # its launcher listens
+    rank.resume()
+    end_well(launched)
+    assert launched[0].seconds < 60
+    assert_same_end(run_dir(two[0]), undisturbed[2])
+    assert any("the main host was started again" in line for line in launched[1].complaints)
 
 
 def test_the_newest_checkpoint_comes_from_the_host_that_has_it(two: list[Host], undisturbed: dict[int, Path]) -> None:

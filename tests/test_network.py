@@ -29,15 +29,16 @@ def test_all_who_are_there_agree_and_hear_each_other(store: dist.TCPStore) -> No
         meetings = list(
             pool.map(lambda number: rendezvous.agree(store, number, 5, soon(), {"number": number}), range(5))
         )
-    assert {name for name, _ in meetings} == {"1 1 1 1 1"}
-    assert all(said == [{"number": number} for number in range(5)] for _, said in meetings)
+    assert meetings == [meetings[0]] * 5
+    assert meetings[0].arrivals == [1] * 5
+    assert meetings[0].said == [{"number": number} for number in range(5)]
 
 
 @pytest.mark.parametrize("returning", [(0,), (2,), (0, 2)])
 def test_who_died_and_came_back_is_waited_for_by_the_others(store: dist.TCPStore, returning: tuple[int, ...]) -> None:
     """All meet; some are started once more by themselves and must not go on until the others are there again."""
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda number: rendezvous.agree(store, number, 3, soon(), {}), range(3)))
+        first = list(pool.map(lambda number: rendezvous.agree(store, number, 3, soon(), {}), range(3)))
         early = [pool.submit(rendezvous.agree, store, number, 3, soon(), {}) for number in returning]
         time.sleep(0.3)
         assert not any(one.done() for one in early)
@@ -46,7 +47,14 @@ def test_who_died_and_came_back_is_waited_for_by_the_others(store: dist.TCPStore
             for number in range(3)
             if number not in returning
         ]
-        assert {one.result()[0] for one in (*early, *late)} == {"2 2 2"}
+        second = [one.result() for one in (*early, *late)]
+    assert [meeting.arrivals for meeting in second] == [[2, 2, 2]] * 3
+    assert {meeting.name for meeting in second}.isdisjoint(meeting.name for meeting in first)
+
+
+def test_the_same_arrivals_in_another_store_are_another_meeting(store: dist.TCPStore) -> None:
+    other = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert rendezvous.agree(store, 0, 1, soon(), {}).name != rendezvous.agree(other, 0, 1, soon(), {}).name
 
 
 def test_one_that_arrived_and_died_is_not_taken_for_one_that_is_there(store: dist.TCPStore) -> None:
@@ -128,4 +136,4 @@ def test_addresses_and_interfaces_of_this_machine() -> None:
 
 def test_what_is_said_survives_json(store: dist.TCPStore) -> None:
     own = {"name": "Jörg's host", "keys": [1, 2.5, None]}
-    assert rendezvous.agree(store, 0, 1, soon(), own)[1] == [json.loads(json.dumps(own))]
+    assert rendezvous.agree(store, 0, 1, soon(), own).said == [json.loads(json.dumps(own))]

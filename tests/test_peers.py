@@ -115,6 +115,22 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_it(monkeypatch: pytest.
         next(rendezvous._meet("lrd://", timedelta(minutes=10)))
 
 
+def test_a_rank_whose_main_host_was_replaced_while_it_started_does_not_wait_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = rendezvous.agree(dist.PrefixStore(rendezvous.LAUNCHERS, store), 0, 1, time.monotonic() + 5, {})
+    monkeypatch.setattr(rendezvous, "prefix", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # it would be set for the tests that follow
+    facts = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for key, value in {**facts, "RANK": 0, "WORLD_SIZE": 1, rendezvous.LAUNCHERS_MEETING: meeting.name}.items():
+        monkeypatch.setenv(key, str(value))
+    assert next(rendezvous._meet("lrd://", timedelta(minutes=1)))[1:] == (0, 1)
+    monkeypatch.setenv(rendezvous.LAUNCHERS_MEETING, "that of the store before")
+    with pytest.raises(RunError, match="the main host was started again while this rank started"):
+        next(rendezvous._meet("lrd://", timedelta(minutes=1)))
+
+
 def test_a_rank_that_lost_its_launcher_while_it_imported_modules_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(signals, "PARENT", signals.PARENT + 1)
