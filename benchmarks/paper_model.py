@@ -1,6 +1,6 @@
 """How well would data parallelism scale? A model on paper: step time, gradient bytes and link speed -> efficiency.
 
-    .venv/bin/python benchmarks/paper_model.py
+    .venv/bin/python benchmarks/paper_model.py [PICTURE.png]
 
 An all-reduce sends 2 (n - 1) / n of the gradients' bytes out of each of n parties (ring or halving: the least there
 is) and takes 2 log2(n) latencies. GPUs of a host reduce among themselves first, at no cost here, so the parties are
@@ -18,7 +18,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 from lrd import console
 
@@ -41,13 +45,30 @@ def step(computing: float, reducing: float, overlap: float) -> float:
     return computing + max(0.0, reducing - overlap * 2 / 3 * computing)
 
 
-def predict(computing: float, size: float, bandwidth: float) -> list[str]:
-    """The efficiency at each number of GPUs."""
-    times = [
-        step(computing, all_reduce(gpus // GPUS_A_HOST, size, bandwidth, LATENCY), OVERLAP if gpus > GPUS_A_HOST else 1)
-        for gpus in GPUS
-    ]
-    return [f"{computing / seconds:.2f}" for seconds in times]
+def efficiencies(computing: float, size: float, bandwidth: float, gpus: Iterable[int] = GPUS) -> list[float]:
+    """At each number of GPUs, a multiple of those of a host."""
+    reductions = [all_reduce(number // GPUS_A_HOST, size, bandwidth, LATENCY) for number in gpus]
+    return [computing / step(computing, reducing, OVERLAP) for reducing in reductions]
+
+
+def draw(path: Path) -> None:
+    """Efficiency over the number of GPUs, a line for each link."""
+    numbers = [GPUS_A_HOST * 2**power for power in range(8)]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for panel, (images, computing) in zip(panels, COMPUTING.items(), strict=True):
+        for colour, (link, bandwidth) in enumerate(LINKS.items()):
+            panel.plot(numbers, efficiencies(computing, 4 * PARAMETERS, bandwidth, numbers), f"C{colour}-", label=link)
+            panel.plot(numbers, efficiencies(computing, 2 * PARAMETERS, bandwidth, numbers), f"C{colour}--")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(numbers, [str(number) for number in numbers])
+        panel.set_xlabel("GPUs, eight a host")
+        panel.set_title(f"{images}, {computing * 1e3:.0f} ms a step (assumed)", fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("efficiency")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), title="a host's link\n(dashed: bf16)", loc="outside right center"
+    )
+    figure.savefig(path, dpi=110)
 
 
 def compare() -> list[list[str]]:
@@ -67,9 +88,14 @@ def compare() -> list[list[str]]:
 def main() -> None:
     for what, size in (("float32", 4 * PARAMETERS), ("bf16", 2 * PARAMETERS)):
         for images, computing in COMPUTING.items():
-            rows = [[link, *predict(computing, size, bandwidth)] for link, bandwidth in LINKS.items()]
+            rows = [
+                [link, *(f"{value:.2f}" for value in efficiencies(computing, size, bandwidth))]
+                for link, bandwidth in LINKS.items()
+            ]
             title = f"efficiency, {images} ({computing * 1e3:.0f} ms assumed), gradients in {what}"
             console.table(title, ["a host's link", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
+    for picture in sys.argv[1:]:
+        draw(Path(picture))
     if RESULTS.exists():
         console.table("two hosts here", ["", "model, s a step", "measured", "measured / model"], compare())
 

@@ -97,7 +97,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def sent_a_step(way: Way) -> float:
     """Bytes, all headers included, from two runs of different length."""
-    few, many = measure(way, 2)["sent"], measure(way, 8)["sent"]
+    few, many = measure(way, FIRST + 2)["sent"], measure(way, FIRST + 8)["sent"]
     return (many - few) / 6
 
 
