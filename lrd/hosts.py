@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from typing import NoReturn
 
 from torch._C._distributed_c10d import TCPStore
@@ -126,11 +125,13 @@ class Hosts(RendezvousHandler):
             if fault:
                 _leave(f"--main_process_ip: {self.name} could not reach {where} in {self.seconds:.0f} s: {fault}")
             try:
-                left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-                return TCPStore(self.address, self.port, is_master=False, wait_for_workers=False, timeout=left)
-            except DistError as error:
+                return network.within(max(1.0, deadline - time.monotonic()), self._connect)
+            except (DistError, TimeoutError) as error:  # something else has the port, or the main host just died
                 if time.monotonic() > deadline:
                     _leave(f"--main_process_port: {where} does not speak to {self.name}: {first_line(error)}")
+
+    def _connect(self) -> TCPStore:
+        return TCPStore(self.address, self.port, is_master=False, wait_for_workers=False)
 
     def _wait_for(self, missing: list[int]) -> None:
         machines = ", ".join(map(str, missing))

@@ -51,9 +51,10 @@ def test_a_cut_stops_both_hosts_in_time_and_a_restart_resumes(
     for one in launched:
         assert one.end() == 1
         (line,) = one.complaints
-        assert "Timed out" in line or "timed out" in line
+        assert "Timed out" in line or "Connection closed" in line  # by the one whose time was up first
         assert "rank 1 did not answer" in line if one is launched[0] else "or the way there is cut" in line
     assert time.monotonic() - began < 12 + 30  # the timeout, the roll call, and a machine that does other things
+    assert any("Timed out" in one.said for one in launched)
     cut(two, how, False)
     end_well([Launched(two, host, 1) for host in two])
     assert_same_end(run_dir(two[0]), undisturbed[2])
