@@ -73,7 +73,8 @@ def test_one_process_under_the_launcher(tmp_path: Path) -> None:
     assert "1 on cpu" in done.stdout
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_in_bf16_are_their_mean_to_bf16s_precision_and_replicas_stay_equal(
     tmp_path: Path, ranks: int
 ) -> None:

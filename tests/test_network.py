@@ -107,7 +107,8 @@ def test_waiting_for_a_port_ends_when_it_listens_when_it_refuses_for_good_and_in
 def test_gloo_listens_where_the_other_hosts_are(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str], expected: str | None
 ) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here is taken back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(network, "address_towards", lambda address: {"10.7.0.2": "10.7.0.1"}[address])
     monkeypatch.setattr(network, "interface_of", {"10.7.0.1": "eth9", "127.0.0.1": "lo", "127.0.1.1": "lo"}.get)
     network.choose_interface(addresses, 0)
