@@ -59,7 +59,8 @@ def kill_after(run_dir: Path, ranks: int, step: int, number: int, *overrides: st
 ONE_AND_TWO = [pytest.param(1, marks=pytest.mark.slow), 2]  # test_faults and test_cli have one rank
 
 
-@pytest.mark.parametrize("ranks", ONE_AND_TWO)
+@pytest.mark.slow  # test_faults, test_peers and test_hosts have it on one rank, two ranks and two hosts
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_in_the_middle_of_an_epoch_and_started_again(
     tmp_path: Path, undisturbed: dict[int, Path], ranks: int
 ) -> None:
