@@ -52,8 +52,9 @@ def _newest_whole(run_dir: Path) -> int:
 def _files(run_dir: Path, step: int) -> list[tuple[str, int]]:
     """What goes along with a checkpoint: each file's path below the run directory, and its size."""
     best = (checkpoint.read_trainer(checkpoint.path_of(run_dir, step))["best"] or {}).get("step", step)
-    folders = [checkpoint.path_of(run_dir, each) for each in {step, best}]
-    whole = [folder for folder in folders if folder.is_dir() and checkpoint.damage(folder) is None]
+    newest, best_one = checkpoint.path_of(run_dir, step), checkpoint.path_of(run_dir, best)
+    is_another = best != step and best_one.is_dir() and checkpoint.damage(best_one) is None
+    whole = [newest, best_one] if is_another else [newest]
     paths = [*run_dir.glob("events.out.tfevents.*"), *(file for folder in whole for file in folder.iterdir())]
     return [(str(path.relative_to(run_dir)), path.stat().st_size) for path in sorted(paths)]
 

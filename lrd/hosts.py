@@ -53,7 +53,7 @@ class Hosts(RendezvousHandler):
         if not parameters.endpoint and self.machines == 1:  # accelerate names none then; a free port will do
             self.address, self.port = "127.0.0.1", 0
         self.run_id = parameters.run_id
-        self.seconds = float(parameters.get("timeout", 600))
+        self.seconds = _seconds(parameters.get("timeout", "600"))
         self.number = _machine_rank(parameters.get("rank"))
         self.name = f"{socket.gethostname()} (machine_rank {self.number})"
         self._server: TCPStore | None = None
@@ -183,6 +183,13 @@ class Hosts(RendezvousHandler):
             return
         while not self._store.check([f"left/{each}" for each in range(1, self.machines)]):
             time.sleep(0.05)
+
+
+def _seconds(configured: object) -> float:
+    try:
+        return float(str(configured))
+    except ValueError:
+        _leave(f"--rdzv_conf: timeout is {configured}, must be a number of seconds")
 
 
 def _machine_rank(configured: str | None) -> int:

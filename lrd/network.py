@@ -15,7 +15,9 @@ import psutil
 from lrd.errors import first_line
 
 T = TypeVar("T")
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 _SECONDS_A_TRY = 5.0
+_FAULTS_NAMED = 3
 
 
 def wait_for_port(
@@ -88,6 +90,14 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def fault_of_named_interface() -> str:
+    """What is wrong with GLOO_SOCKET_IFNAME on this host, of which gloo would say `ifa != nullptr`; empty: nothing."""
+    name, own = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0], psutil.net_if_addrs()
+    if not name or any(entry.family in _INTERNET for entry in own.get(name, [])):
+        return ""
+    return f"GLOO_SOCKET_IFNAME: no interface {name!r} with an address here, but {', '.join(sorted(own))}"
+
+
 def choose_interface(addresses: list[str], rank: int) -> str:
     """Have gloo listen where the other hosts can reach this one, unless GLOO_SOCKET_IFNAME says where.
 
@@ -106,7 +116,7 @@ def choose_interface(addresses: list[str], rank: int) -> str:
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if chosen:
         entries = psutil.net_if_addrs().get(chosen, [])
-        return next((entry.address for entry in entries if entry.family == socket.AF_INET), "")
+        return next((entry.address for entry in entries if entry.family in _INTERNET), "")
     name = interface_of(own) if own else None
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -114,10 +124,15 @@ def choose_interface(addresses: list[str], rank: int) -> str:
 
 
 def unreachable(targets: dict[str, tuple[str, int]]) -> list[str]:
-    """A line for each of the named addresses and ports that cannot be connected to from here."""
+    """A line for each of the named addresses and ports that cannot be connected to from here; the first few.
+
+    Each may cost five seconds, and the other ranks wait.
+    """
     faults = []
     for name, (address, port) in targets.items():
         fault = wait_for_port(address, port, deadline=0.0)
         if fault:
             faults.append(f"cannot reach {name} at {address}, port {port}: {fault}")
+        if len(faults) == _FAULTS_NAMED:
+            break
     return faults

@@ -80,6 +80,7 @@ def agree(
 
     Raises:
         Absent: at the deadline; who is missing, as far as this party can tell.
+        TimeoutError: another took this party's number; its own time is over.
     """
     arrival = store.add(f"arrivals/{number}", 1)
     store.set(f"says/{number}/{arrival}", json.dumps(own))
@@ -94,6 +95,8 @@ def agree(
             if store.check([f"agreed/{name}"]):
                 keys = [f"says/{each}/{times}" for each, times in enumerate(arrivals)]
                 return Meeting(name, arrivals, [json.loads(said) for said in store.multi_get(keys)])
+        elif len(arrivals) == count and arrivals[number] > arrival:
+            raise TimeoutError(f"another came as number {number}")
         if number == 0:
             missing = [each for each in range(count) if not store.check([f"agrees/{name}/{each}"])]
             waiting(missing)
@@ -122,7 +125,7 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
     Raises:
         RunError: the launcher is gone or has to meet others first, or the ranks did not come together in time, or
             cannot reach each other.
-        UserError: a line for each fact that differs.
+        UserError: a line for each fact that differs, for each host without the interface it was told.
     """
     global prefix
     deadline = time.monotonic() + timeout.total_seconds()
@@ -143,9 +146,13 @@ def _meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[Store, int, i
 
     text = json.dumps(facts, sort_keys=True)
     store.set(f"lrd/facts/{rank}", text)
-    own = {"host": host, "address": address, "facts": hashlib.sha256(text.encode()).hexdigest()}
+    fault = network.fault_of_named_interface()
+    own = {"host": host, "address": address, "fault": fault, "facts": hashlib.sha256(text.encode()).hexdigest()}
     meeting = meet("lrd/ranks", own)
     who = [f"rank {number} on {one['host']}" for number, one in enumerate(meeting.said)]
+    faults = [f"{name}: {one['fault']}" for name, one in zip(who, meeting.said, strict=True) if one["fault"]]
+    if faults:
+        raise UserError("\n".join(faults))
     _refuse_differences(store, who, [one["facts"] for one in meeting.said])
     prefix = f"lrd/start/{meeting.name}"
     listening_at = network.choose_interface([one["address"] for one in meeting.said], rank)

@@ -57,6 +57,16 @@ def test_the_same_arrivals_in_another_store_are_another_meeting(store: dist.TCPS
     assert rendezvous.agree(store, 0, 1, soon(), {}).name != rendezvous.agree(other, 0, 1, soon(), {}).name
 
 
+def test_whose_number_another_takes_is_told_so(store: dist.TCPStore) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(rendezvous.agree, store, 1, 3, soon(), {})
+        time.sleep(0.2)
+        rest = [pool.submit(rendezvous.agree, store, number, 3, soon(), {}) for number in range(3)]
+        with pytest.raises(TimeoutError, match="another came as number 1"):
+            first.result()
+        assert {one.result().name for one in rest} == {rest[0].result().name}
+
+
 def test_one_that_arrived_and_died_is_not_taken_for_one_that_is_there(store: dist.TCPStore) -> None:
     store.add("arrivals/1", 1)
     missing: list[list[int]] = []
@@ -118,6 +128,15 @@ def test_gloo_listens_where_the_other_hosts_are(
     assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert network.choose_interface(addresses, 0) == "127.0.0.1"
+
+
+def test_an_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert network.fault_of_named_interface() == ""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    assert network.fault_of_named_interface().startswith(
+        "GLOO_SOCKET_IFNAME: no interface 'eth77' with an address here"
+    )
 
 
 def test_what_cannot_be_reached_is_named() -> None:
