@@ -11,18 +11,15 @@ is dropped. The mask needs no communication: ranks with the same seed and update
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lrd import controls, kernels, mask, settings
+from lrd import controls, fused, kept, kernels, mask, settings
 
 
 class LRDropout:
@@ -31,6 +28,7 @@ class LRDropout:
     What defines the masks lives in `optimizer.param_groups`, so that `state_dict` carries it and each group can have
     its own: `keep_prob` (may be changed at any time, e.g. by a schedule), `mask_seed`, `mask_granularity`,
     `mask_rescale`, `masks`, and `mask_step`, the number of updates done. Groups added later get the values given here.
+    To capture steps in a CUDA graph, make `mask_step` an int64 tensor () on the device, and take one step before.
     An update at lr 0 that moves nothing does not count, nor does one without gradients or that a GradScaler skips.
 
     Args:
@@ -47,8 +45,12 @@ class LRDropout:
     Raises:
         ValueError: an argument out of its range, or an optimizer that has LRDropout attached already or cannot take it.
 
-    Memory: one copy of the parameters that are masked.
+    Speed and memory: steps of SGD, Adam and AdamW are taken over by compiled kernels that update and mask in one pass,
+    in no memory of their own, see `lrd.fused`; `fused_groups` says for which groups' latest update that was so. Else
+    the optimizer steps and dropped elements are put back, from one copy of the parameters that are masked.
     """
+
+    _can_fuse = True
 
     def __init__(
         self,
@@ -77,9 +79,10 @@ class LRDropout:
         self._fill_groups()
         self._before: dict[int, Tensor] = {}  # by the parameter's index: its values before the update; reused
         self._remembered: set[int] = set()
-        self._latest: list[_Moved] = []
+        self._latest: list[kept.Moved] = []
+        self.fused_groups: set[int] = set()
         self._own: list[dict[str, Any]] = []
-        self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []  # masks="gradient": parameter, its own and masked
+        self._gradients: list[tuple[Tensor, Tensor, Tensor | None]] = []  # parameter, its own, what it has in the step
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
         # torch leaves hooks out of copies and pickles; this attaches LRDropout to the copy.
         optimizer.__reduce_ex__ = self._copies  # type: ignore[method-assign]
@@ -123,12 +126,7 @@ class LRDropout:
 
         Drawn anew from the position, on the host: nothing is counted during training.
         """
-        kept, total = ([0] * len(self.optimizer.param_groups) for _ in range(2))
-        for moved in self._latest:
-            numel, draws = math.prod(moved.shape), math.prod(moved.draw_shape)
-            kept[moved.group] += mask.count_kept(draws, **moved.position) * (numel // draws)
-            total[moved.group] += numel
-        return [some / whole if whole else 0.0 for some, whole in zip(kept, total, strict=True)]
+        return kept.fractions(self._latest, len(self.optimizer.param_groups))
 
     def keeps(self, index: int, element: int) -> bool:
         """Whether the latest update kept one element.
@@ -137,13 +135,7 @@ class LRDropout:
             index: the parameter's index in the optimizer, counted through its groups.
             element: the element's index in the flattened parameter.
         """
-        moved = next((moved for moved in self._latest if moved.position["index"] == index), None)
-        if moved is None:
-            return False
-        place = np.unravel_index(element, moved.shape) if moved.shape else ()
-        shared = tuple(0 if size == 1 else int(i) for i, size in zip(place, moved.draw_shape, strict=True))
-        draw = int(np.ravel_multi_index(shared, moved.draw_shape)) if shared else 0
-        return bool(mask.draw(1, offset=draw, **moved.position))
+        return kept.keeps(self._latest, index, element)
 
     def _fill_groups(self) -> None:
         for group in self.optimizer.param_groups:
@@ -178,9 +170,22 @@ class LRDropout:
         self._restore_gradients()  # of a step that failed, if any
         for group in optimizer.param_groups:
             settings.check(optimizer, group)
+        self.fused_groups = (
+            set()
+            if has_closure or not self._sees_all()
+            else {
+                number
+                for number, group in enumerate(optimizer.param_groups)
+                if not settings.is_zero(group.get("lr")) and fused.can_take(optimizer, group)
+            }
+        )
+        updates: list[fused.Update] = []
         for number, index, param in self._parameters():
             group = optimizer.param_groups[number]
             if not has_closure and param.grad is None:
+                continue
+            if number in self.fused_groups:
+                updates.append((index, param, group))
                 continue
             if group["masks"] == "gradient" and group["keep_prob"] < 1.0:
                 self._mask_gradient(index, param, group)
@@ -190,6 +195,10 @@ class LRDropout:
                     before = self._before[index] = torch.empty_like(param)
                 before.copy_(param)
                 self._remembered.add(index)
+        if updates:
+            fused.take(optimizer, updates)
+            for _, param, _ in updates:
+                self._replace_gradient(param, None)
 
     @torch.no_grad()
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,10 +216,9 @@ class LRDropout:
         for number, (group, moved) in enumerate(zip(optimizer.param_groups, by_group, strict=True)):
             if settings.is_zero(group.get("lr")) and self._is_at_rest(moved):
                 continue
-            for index, param in moved:
-                position, shape = settings.position(index, group), tuple(kernels.real(param).shape)
-                self._latest.append(_Moved(number, shape, mask.draw_shape(shape, group["mask_granularity"]), position))
-                if group["keep_prob"] < 1.0 and group["masks"] != "gradient":
+            self._latest.append(kept.Moved.by(number, group, moved))
+            if group["keep_prob"] < 1.0 and group["masks"] != "gradient" and number not in self.fused_groups:
+                for index, param in moved:
                     self._mask_update(index, param, group)
             group["mask_step"] += 1
 
@@ -237,14 +245,23 @@ class LRDropout:
         kernels.real(masked).masked_fill_(~settings.draw(index, kernels.real(masked), group), 0.0)
         if group["mask_rescale"]:
             masked.div_(mask.effective_keep_prob(group["keep_prob"]))
-        self._gradients.append((param, param.grad, masked))
-        param.grad = masked
+        self._replace_gradient(param, masked)
+
+    def _replace_gradient(self, param: Tensor, other: Tensor | None) -> None:
+        assert param.grad is not None
+        self._gradients.append((param, param.grad, other))
+        param.grad = other
 
     def _restore_gradients(self) -> None:
-        for param, own, masked in self._gradients:
-            if param.grad is masked:
+        for param, own, other in self._gradients:
+            if param.grad is other:
                 param.grad = own
         self._gradients = []
+
+    def _sees_all(self) -> bool:
+        """Whether no other hook stands between: one after ours might change gradients, one before would miss them."""
+        before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        return self._can_fuse and [*before][-1] == self._handles[0].id and next(iter(after)) == self._handles[1].id
 
     def _is_at_rest(self, params: list[tuple[int, Tensor]]) -> bool:
         """Whether a step at lr 0 moved nothing. Rprop and ASGD do move then: they have step sizes of their own."""
@@ -266,16 +283,6 @@ def attached(optimizer: Optimizer) -> LRDropout | None:
     """The LRDropout attached to an optimizer, if any."""
     dropout: LRDropout | None = getattr(optimizer, "_lr_dropout", None)
     return dropout
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """A parameter that the latest update moved: its group's number, and where its mask stands."""
-
-    group: int
-    shape: tuple[int, ...]
-    draw_shape: tuple[int, ...]
-    position: dict[str, Any]
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -41,6 +41,8 @@ class Magma(LRDropout):
         RuntimeError: at the first step, where the optimizer keeps no momentum.
     """
 
+    _can_fuse = False  # the score needs the update
+
     def __init__(self, optimizer: Optimizer, keep_prob: float = 0.5, seed: int = 0, tau: float = 2.0) -> None:
         if not 0.0 < keep_prob < 1.0:
             raise ValueError(f"keep_prob must be in (0, 1), not {keep_prob}")

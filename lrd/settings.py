@@ -18,20 +18,19 @@ def check(optimizer: Optimizer, group: dict[str, Any]) -> None:
     controls.check_group(optimizer, group, group["masks"])
     if group.get("differentiable"):
         raise ValueError("differentiable must be False: a dropped element is put back behind autograd's back")
-    if group["mask_step"] < 0:
+    if not isinstance(group["mask_step"], Tensor) and group["mask_step"] < 0:  # a tensor's value would be a sync point
         raise ValueError(f"mask_step must not be negative, but is {group['mask_step']}")
 
 
-def position(index: int, group: dict[str, Any]) -> dict[str, Any]:
-    """Where the mask of the next update of a parameter stands: arguments of `lrd.mask`."""
-    own = {"seed": group["mask_seed"], "step": group["mask_step"], "keep_prob": group["keep_prob"]}
-    return {**own, "index": index}
+def position(group: dict[str, Any]) -> dict[str, Any]:
+    """Where the masks of a group's next update stand: arguments of `lrd.mask`, all but the parameter's index."""
+    return {"seed": group["mask_seed"], "step": int(group["mask_step"]), "keep_prob": group["keep_prob"]}
 
 
 def draw(index: int, like: Tensor, group: dict[str, Any]) -> Tensor:
     """The mask of the next update of a parameter, in a shape that broadcasts to `like` and on its device."""
-    place, granularity = position(index, group), group["mask_granularity"]
-    return mask.keep_mask(tuple(like.shape), granularity=granularity, device=like.device, **place)
+    place, granularity = position(group), group["mask_granularity"]
+    return mask.keep_mask(tuple(like.shape), index=index, granularity=granularity, device=like.device, **place)
 
 
 def is_zero(lr: float | Tensor | None) -> bool:

@@ -1,0 +1,255 @@
+"""Which updates a masked step in one pass takes over from torch: SGD, Adam and AdamW on float32 tensors.
+
+`LRDropout` asks before each step. What is taken over is done here, in the optimizer's own state, with the gradients out
+of the optimizer's sight afterwards; everything else the optimizer does itself, and dropped elements are put back.
+Which way it goes is a matter of speed alone. On a CPU the bits are those of torch's for-loop, on a CUDA device those of
+its `fused=True`: `is_trusted` compares them with torch's optimizer before the first step, and where they differ nothing
+is taken over.
+
+`LRD_FUSED=0` in the environment takes nothing over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from functools import cache
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lrd import mask
+from lrd.errors import first_line
+
+Update = tuple[int, Tensor, dict[str, Any]]  # the parameter's index in the optimizer, the parameter, its group
+_STATE: dict[Any, tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+}
+
+
+def can_take(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a group's update is one that the kernels know."""
+    kind = _kind(optimizer)
+    is_masked = group["masks"] == "update" and group["mask_granularity"] == "element" and group["keep_prob"] < 1.0
+    is_scaled = getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None
+    updated = [param for param in group["params"] if param.grad is not None]
+    if kind is None or not is_masked or is_scaled or not updated:
+        return False
+    device = updated[0].device
+    is_plain = _is_plain_on_cpu(group) if device.type == "cpu" else _is_plain_on_cuda(group)
+    dense = (_is_dense(param, [param.grad, *_states(optimizer, kind, param)], device) for param in updated)
+    return is_plain and device.type in _MODULES and all(dense) and is_trusted(kind, device)
+
+
+def _kind(optimizer: Optimizer) -> Any:
+    """torch's class whose step an optimizer takes, of those that can be taken over."""
+    step = inspect.unwrap(type(optimizer).step)
+    return next((kind for kind in _STATE if step is inspect.unwrap(kind.step)), None)
+
+
+def _numbers(group: dict[str, Any]) -> list[Any]:
+    keys = ("weight_decay", "momentum", "dampening", "eps")
+    return [*(group[key] for key in keys if key in group), *group.get("betas", ())]
+
+
+def _is_plain_on_cpu(group: dict[str, Any]) -> bool:
+    """Whether the arithmetic is that of torch's for-loop; that of `fused=True` depends on the number of threads."""
+    odd = any(group.get(key) for key in ("fused", "capturable", "amsgrad", "differentiable"))
+    tensors = any(isinstance(number, Tensor) for number in (group["lr"], *_numbers(group)))
+    return not odd and not tensors and group.get("betas", (0.9,))[0] > 0.5  # torch's lerp has another formula below
+
+
+def _is_plain_on_cuda(group: dict[str, Any]) -> bool:
+    """Whether torch's fused step may stand for it: nobody has asked for another."""
+    odd = group.get("fused") is False or any(group.get(key) for key in ("foreach", "amsgrad", "differentiable"))
+    return not odd and not any(isinstance(number, Tensor) for number in _numbers(group))
+
+
+def _states(optimizer: Optimizer, kind: Any, param: Tensor) -> list[Tensor]:
+    kept = optimizer.state.get(param)
+    return [kept[key] for key in _STATE[kind] if kept.get(key) is not None] if kept else []
+
+
+def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
+    """Whether all are float32 on the device in one order: row-major, on a CUDA device channels_last too."""
+    is_row_major = True
+    for t in (param, *others):
+        if t.dtype is not torch.float32 or t.device != device or t.layout is not torch.strided:
+            return False
+        is_row_major = is_row_major and t.is_contiguous()
+    is_last = not is_row_major and device.type == "cuda" and param.dim() == 4 and param.numel() < 1 << 31
+    return is_row_major or (
+        is_last and all(t.is_contiguous(memory_format=torch.channels_last) for t in (param, *others))
+    )
+
+
+def take(optimizer: Optimizer, updates: list[Update]) -> None:
+    """Update and mask parameters in one pass; all have gradients, and their groups can be taken."""
+    kind = _kind(optimizer)
+    assert kind is not None
+    for device, own in groupby(updates, lambda update: update[1].device):
+        _TAKES[device.type](kind, optimizer, list(own))
+
+
+def _take_on_cpu(kind: Any, optimizer: Optimizer, updates: list[Update]) -> None:
+    cpu_step, row, rows = _module("cpu"), _ROWS[kind], []
+    for _, same in groupby(updates, lambda update: id(update[2])):
+        of_group = list(same)
+        group = of_group[0][2]
+        place = group["mask_step"], group["mask_seed"], mask.threshold(group["keep_prob"]), _rescale(group)
+        for index, param, _ in of_group:
+            assert param.grad is not None
+            data = param.numel(), param.data_ptr(), param.grad.data_ptr(), group["maximize"], group["weight_decay"]
+            rows.append((*data, *row(optimizer, param, group), index, *place))
+    cpu_step.step(np.array(rows, cpu_step.SGD if kind is torch.optim.SGD else cpu_step.ADAM))
+
+
+def _sgd_row(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
+    buffer, is_first = _momentum_buffer(optimizer, param, group)
+    address, undamped = (param if buffer is None else buffer).data_ptr(), 1 - group["dampening"]
+    return address, is_first, -group["lr"], group["momentum"], undamped, group["nesterov"]
+
+
+def _adam_row(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
+    state = _moments(optimizer, param, group)
+    state["step"] += 1
+    step, lr, (beta_1, beta_2) = state["step"].item(), group["lr"], group["betas"]
+    moments = state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()
+    decay, root_correction = 1 - lr * group["weight_decay"], (1 - beta_2**step) ** 0.5
+    weights, step_size = (1 - beta_1, beta_2, 1 - beta_2), lr / (1 - beta_1**step)
+    return *moments, group["decoupled_weight_decay"], decay, *weights, root_correction, group["eps"], -step_size
+
+
+_ROWS = {torch.optim.SGD: _sgd_row, torch.optim.Adam: _adam_row}
+
+
+def _take_on_cuda(kind: Any, optimizer: Optimizer, updates: list[Update]) -> None:
+    """A launch for each list of tensors that have all their numbers in common: in general one a group."""
+    calls: dict[Any, Any] = {}
+    own: Any
+    for index, param, group in updates:
+        if kind is torch.optim.SGD:
+            buffer, own = _momentum_buffer(optimizer, param, group)
+            tensors = [buffer]
+        else:
+            state = _moments(optimizer, param, group)
+            state["step"] += 1
+            tensors = [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+            own = None if state["step"].is_cuda else state["step"].item()
+        _, lists = calls.setdefault((id(group), own), (group, []))
+        lists.append((param, param.grad, *tensors, index))
+    for (_, own), (group, lists) in calls.items():
+        params, grads, *states, indices = (list(column) for column in zip(*lists, strict=True))
+        place = {"seed": group["mask_seed"], "mask_step": group["mask_step"], "rescale": _rescale(group)}
+        common = {**place, "limit": mask.threshold(group["keep_prob"])}
+        common |= {key: group[key] for key in ("lr", "weight_decay", "maximize")}
+        if kind is torch.optim.SGD:
+            common |= {key: group[key] for key in ("momentum", "dampening", "nesterov")}
+            buffers = states[0] if group["momentum"] else []
+            _module("cuda").sgd(params, grads, buffers, indices, is_first=own, **common)
+        else:
+            common |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+            common |= {"eps": group["eps"], "decoupled": group["decoupled_weight_decay"]}
+            step = states[2] if own is None else own
+            _module("cuda").adam(params, grads, *states[:2], indices, step=step, **common)
+
+
+_TAKES = {"cpu": _take_on_cpu, "cuda": _take_on_cuda}
+
+
+def _rescale(group: dict[str, Any]) -> float:
+    return mask.effective_keep_prob(group["keep_prob"]) if group["mask_rescale"] else 0.0
+
+
+def _momentum_buffer(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    """SGD's state as torch makes it, and whether this is its first step: then what the buffer holds does not matter."""
+    if group["momentum"] == 0:
+        return None, False
+    buffer: Tensor | None = optimizer.state[param].get("momentum_buffer")
+    if buffer is not None:
+        return buffer, False
+    buffer = optimizer.state[param]["momentum_buffer"] = torch.empty_like(param)
+    return buffer, True
+
+
+def _moments(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """Adam's state as torch makes it: the step counts on the device only where `fused` or `capturable` ask for it."""
+    state: dict[str, Any] = optimizer.state[param]
+    if not state:
+        on_device = group.get("fused") or group["capturable"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+    return state
+
+
+_MODULES = {"cpu": "lrd.cpu_step", "cuda": "lrd.cuda_step"}
+
+
+@cache
+def _module(device_type: str) -> Any:
+    """The kernels for a kind of device; None where the compiler that they need is missing."""
+    try:
+        return None if os.environ.get("LRD_FUSED", "1") == "0" else import_module(_MODULES[device_type])
+    except ImportError:  # no Numba or no Triton, or none that goes with this NumPy or torch
+        return None
+
+
+_OPTIONS: dict[Any, list[dict[str, Any]]] = {
+    torch.optim.SGD: [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
+        {"lr": 0.3, "momentum": 0.8, "dampening": 0.1, "maximize": True},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    ],
+    torch.optim.Adam: [
+        {"lr": 1e-3},
+        {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
+        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+}
+
+
+@cache
+def is_trusted(kind: Any, device: torch.device) -> bool:
+    """Whether the kernels do on this device what torch's optimizer does: some steps of odd-sized tensors.
+
+    On a CPU all bits must be torch's, on a CUDA device all values to within rounding.
+    """
+    if _module(device.type) is None:
+        return False
+    try:
+        return all(_agrees(kind, device, options) for options in _OPTIONS[kind])
+    except Exception as error:  # a compiler that does not know this device, for one
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        warnings.warn(f"no masked step in one pass on {device} ({reason}); it goes on more slowly", stacklevel=2)
+        return False
+
+
+def _agrees(kind: Any, device: torch.device, options: dict[str, Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 7, 16, 33, 255, 1030, 5000)
+    theirs = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    ours = [tensor.clone() for tensor in theirs]
+    cls: Any = kind
+    stock, own = (cls(tensors, fused=device.type == "cuda", **options) for tensors in (theirs, ours))
+    group = own.param_groups[0]
+    group |= {"keep_prob": 1.0, "mask_rescale": False, "mask_step": 0, "mask_seed": 0}
+    with torch.no_grad():
+        for scale in (1e-3, 1e3, 1e-12):
+            for one, other in zip(ours, theirs, strict=True):
+                one.grad = (torch.randn(one.shape, generator=generator) * scale).to(device)
+                other.grad = one.grad.clone()
+            stock.step()
+            _TAKES[device.type](kind, own, [(i, param, group) for i, param in enumerate(ours)])
+    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True)]
+    pairs += [(own.state[one][key], stock.state[other][key]) for one, other in pairs for key in own.state.get(one, {})]
+    if device.type == "cuda":
+        return all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in pairs)
+    return all(torch.equal(one, other) for one, other in pairs)

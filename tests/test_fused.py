@@ -1,0 +1,304 @@
+"""The masked step in one pass: the bits of the optimizer's own step with dropped elements put back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrd import LRDropout, fused
+from lrd import optim as masked
+
+SIZES = [(1,), (31,), (255,), (257,), (4, 3, 3, 3), (), (70_000,)]  # the last is more than one thread's chunk
+SGD = [
+    {},
+    {"momentum": 0.9, "weight_decay": 5e-4},
+    {"momentum": 0.9, "dampening": 0.2, "maximize": True},
+    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "foreach": True},
+]
+ADAM = [{}, {"weight_decay": 0.1, "betas": (0.8, 0.95)}, {"maximize": True, "eps": 1e-3, "foreach": True}]
+CASES = [
+    *((torch.optim.SGD, {"lr": 0.1, **options}) for options in SGD),
+    *((cls, {"lr": 0.01, **options}) for cls in (torch.optim.Adam, torch.optim.AdamW) for options in ADAM),
+]
+
+
+def make(cls: Any, options: dict[str, Any], can_fuse: bool = True, **dropout: Any) -> tuple[Optimizer, LRDropout]:
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(size, generator=generator)) for size in SIZES]
+    optimizer = cls(params, **options)
+    attached = LRDropout(optimizer, **dropout)
+    attached._can_fuse = can_fuse
+    return optimizer, attached
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def train(optimizer: Optimizer, steps: int = 3, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for param in params_of(optimizer):
+            param.grad = torch.randn(param.shape, generator=generator) * scale
+        optimizer.step()
+
+
+def assert_same(one: Optimizer, other: Optimizer) -> None:
+    for ours, theirs in zip(params_of(one), params_of(other), strict=True):
+        assert torch.equal(ours.detach().view(torch.int32), theirs.detach().view(torch.int32))
+        assert one.state.get(ours, {}).keys() == other.state.get(theirs, {}).keys()
+        for key, value in one.state.get(ours, {}).items():
+            assert torch.equal(value, other.state[theirs][key]), key
+    assert str(one.state_dict()["param_groups"]) == str(other.state_dict()["param_groups"])
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES)
+@pytest.mark.parametrize("dropout", [
+    {"keep_prob": 0.5},
+    {"keep_prob": 0.75, "seed": (1 << 64) - 1, "rescale": True},
+    {"keep_prob": 0.9},
+    {"keep_prob": 1e-5, "rescale": True},
+    {"keep_prob": 1 - 2**-16},
+])  # fmt: skip
+def test_one_pass_gives_the_bits_of_a_step_and_putting_back(cls, options, dropout):
+    ours, fast = make(cls, options, **dropout)
+    theirs, slow = make(cls, options, can_fuse=False, **dropout)
+    train(ours)
+    train(theirs)
+    assert (fast.fused_groups, slow.fused_groups) == ({0}, set())
+    assert fast._before == {}
+    assert_same(ours, theirs)
+    assert fast.kept_fractions() == slow.kept_fractions()
+    assert [fast.keeps(6, i) for i in range(99)] == [slow.keeps(6, i) for i in range(99)]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("scale", [1e-42, 1e30, float("inf")])
+def test_numbers_out_of_the_ordinary_come_out_the_same(cls, scale):
+    options = {"lr": 0.1, "weight_decay": 0.1} | ({"momentum": 0.9} if cls is torch.optim.SGD else {})
+    ours, _ = make(cls, options)
+    theirs, _ = make(cls, options, can_fuse=False)
+    train(ours, scale=scale)
+    train(theirs, scale=scale)
+    for one, other in zip(params_of(ours), params_of(theirs), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
+def test_the_number_of_threads_does_not_matter(cls):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        optimizer, dropout = make(cls, {"lr": 0.1}, keep_prob=0.9)
+        train(optimizer)
+        assert dropout.fused_groups == {0}
+        results.append(optimizer)
+    torch.set_num_threads(before)
+    assert_same(*results)
+
+
+def test_a_step_far_on_and_a_large_index_draw_their_own_masks():
+    moved = []
+    for can_fuse in (True, False):
+        optimizer, _ = make(torch.optim.SGD, {"lr": 0.1}, can_fuse=can_fuse)
+        optimizer.param_groups[0]["mask_step"] = (1 << 33) + 5
+        train(optimizer, steps=1)
+        moved.append(optimizer)
+    assert_same(*moved)
+
+
+def test_the_classes_of_lrd_are_taken_over_too():
+    params = [nn.Parameter(torch.ones(300))]
+    optimizer = masked.AdamW(params, keep_prob=0.5)
+    train(optimizer)
+    assert optimizer._lr_dropout.fused_groups == {0}
+
+
+def test_groups_go_their_own_ways():
+    """One in one pass, one stock, one that has no gradient, one whose mask is on rows."""
+
+    def build(can_fuse):
+        params = [nn.Parameter(torch.linspace(-1, 1, 600).view(20, 30)) for _ in range(4)]
+        groups = [{"params": [params[i]]} for i in range(4)]
+        groups[1] |= {"keep_prob": 1.0}
+        groups[3] |= {"mask_granularity": "row", "lr": 0.3}
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        dropout = LRDropout(optimizer, keep_prob=0.5)
+        dropout._can_fuse = can_fuse
+        for step in range(3):
+            for i in (0, 1, 3):
+                params[i].grad = torch.full((20, 30), 0.1 * (step + 1))
+            optimizer.step()
+        return optimizer, dropout
+
+    (ours, fast), (theirs, slow) = build(True), build(False)
+    assert (fast.fused_groups, slow.fused_groups) == ({0}, set())
+    assert_same(ours, theirs)
+
+
+def test_gradients_are_there_again_after_the_step():
+    optimizer, _ = make(torch.optim.SGD, {"lr": 0.1})
+    for param in params_of(optimizer):
+        param.grad = torch.ones_like(param)
+    own = [param.grad for param in params_of(optimizer)]
+    optimizer.step()
+    assert all(param.grad is grad for param, grad in zip(params_of(optimizer), own, strict=True))
+    assert all(bool((grad == 1).all()) for grad in own)
+
+
+def step_with(optimizer: Optimizer) -> LRDropout:
+    train(optimizer, steps=1)
+    return optimizer._lr_dropout
+
+
+REFUSED = {
+    "fused": (torch.optim.SGD, {"lr": 0.1, "fused": True}, {}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}, {}),
+    "beta1": (torch.optim.Adam, {"betas": (0.3, 0.9)}, {}),
+    "lr tensor": (torch.optim.SGD, {"lr": torch.tensor(0.1)}, {}),
+    "lr 0": (torch.optim.SGD, {"lr": 0.0}, {}),
+    "another optimizer": (torch.optim.RMSprop, {}, {}),
+    "granularity": (torch.optim.SGD, {"lr": 0.1}, {"granularity": "row"}),
+    "masked gradient": (torch.optim.SGD, {"lr": 0.1}, {"masks": "gradient"}),
+    "no mask": (torch.optim.SGD, {"lr": 0.1}, {"keep_prob": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_do_not_know_is_left_to_the_optimizer(name):
+    cls, options, dropout = REFUSED[name]
+    optimizer, attached = make(cls, options, **dropout)
+    train(optimizer, steps=2)
+    assert attached.fused_groups == set()
+
+
+@pytest.mark.parametrize("param", [torch.ones(9, dtype=torch.float64), torch.ones(9, dtype=torch.complex64)])
+def test_other_dtypes_are_left_to_the_optimizer(param):
+    optimizer = torch.optim.SGD([nn.Parameter(param)], lr=0.1)
+    dropout = LRDropout(optimizer)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones_like(param)
+    optimizer.step()
+    assert dropout.fused_groups == set()
+
+
+def test_a_parameter_in_another_memory_order_is_left_to_the_optimizer():
+    param = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    dropout = LRDropout(optimizer)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert dropout.fused_groups == set()
+
+
+def test_a_step_whose_subclass_is_somebody_elses_is_left_to_it():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            for param in params_of(self):
+                param.data.add_(1.0)
+
+    optimizer, dropout = make(Own, {"lr": 0.1}, keep_prob=0.5)
+    before = params_of(optimizer)[-1].detach().clone()
+    train(optimizer, steps=1)
+    difference = params_of(optimizer)[-1].detach() - before
+    assert dropout.fused_groups == set()
+    assert 0.4 < difference.mean().item() < 0.6
+
+
+def test_a_closure_and_other_hooks_are_left_to_the_optimizer():
+    optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
+    train(optimizer, steps=1)
+    assert dropout.fused_groups == {0}
+    optimizer.step(lambda: torch.zeros(()))
+    assert dropout.fused_groups == set()
+    handle = optimizer.register_step_pre_hook(lambda *_: None)  # after ours: it may change the gradients
+    train(optimizer, steps=1)
+    assert dropout.fused_groups == set()
+    handle.remove()
+    train(optimizer, steps=1)
+    assert dropout.fused_groups == {0}
+
+
+def test_a_hook_that_changes_gradients_before_ours_is_obeyed():
+    results = []
+    for can_fuse in (True, False):
+        param = nn.Parameter(torch.zeros(500))
+        optimizer = torch.optim.SGD([param], lr=1.0)
+        optimizer.register_step_pre_hook(lambda own, *_: torch._foreach_mul_([p.grad for p in params_of(own)], 2.0))
+        dropout = LRDropout(optimizer)
+        dropout._can_fuse = can_fuse
+        param.grad = torch.ones(500)
+        optimizer.step()
+        assert dropout.fused_groups == ({0} if can_fuse else set())
+        results.append(param)
+    assert torch.equal(*results)
+    assert set(results[0].tolist()) == {0.0, -2.0}
+
+
+def test_kernels_that_are_wrong_are_not_trusted(monkeypatch):
+    fused.is_trusted.cache_clear()
+    right = fused._ROWS[torch.optim.SGD]
+    monkeypatch.setitem(fused._ROWS, torch.optim.SGD, lambda *given: (*right(*given)[:2], -0.5, *right(*given)[3:]))
+    assert not fused.is_trusted(torch.optim.SGD, torch.device("cpu"))
+    fused.is_trusted.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_once_and_training_goes_on(monkeypatch):
+    fused.is_trusted.cache_clear()
+
+    def fail(*_):
+        raise RuntimeError("LLVM does not know this processor\nand more")
+
+    monkeypatch.setattr(fused._module("cpu"), "step", fail)
+    optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
+    with pytest.warns(UserWarning, match="LLVM does not know this processor") as said:
+        train(optimizer)
+    fused.is_trusted.cache_clear()
+    assert (len(said), dropout.fused_groups) == (1, set())
+    monkeypatch.undo()
+    theirs, _ = make(torch.optim.SGD, {"lr": 0.1})
+    train(theirs)
+    assert_same(optimizer, theirs)
+
+
+@pytest.mark.parametrize("how", ["switched off", "no Numba"])
+def test_without_a_compiler_the_bits_are_the_same(how):
+    code = (
+        "import sys; sys.modules['numba'] = None if sys.argv[1] == 'no Numba' else sys\n"
+        "import hashlib, torch, lrd\n"
+        "param = torch.nn.Parameter(torch.linspace(-1, 1, 3000)); param.grad = torch.full((3000,), 0.1)\n"
+        "optimizer = torch.optim.AdamW([param], lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
+        "for _ in range(3): optimizer.step()\n"
+        "print(dropout.fused_groups, hashlib.sha256(param.detach().numpy().tobytes()).hexdigest())"
+    )
+    environment = os.environ | ({"LRD_FUSED": "0"} if how == "switched off" else {})
+    ended = subprocess.run(
+        [sys.executable, "-c", code, how], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    param = nn.Parameter(torch.linspace(-1, 1, 3000))
+    param.grad = torch.full((3000,), 0.1)
+    optimizer = torch.optim.AdamW([param], lr=0.1)
+    dropout = LRDropout(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    assert dropout.fused_groups == {0}
+    assert ended.stdout.strip() == f"set() {hashlib.sha256(param.detach().numpy().tobytes()).hexdigest()}"
+
+
+def test_a_mask_step_on_the_device_counts_as_a_number_does():
+    ours, _ = make(torch.optim.RMSprop, {"lr": 0.1})
+    theirs, _ = make(torch.optim.RMSprop, {"lr": 0.1})
+    ours.param_groups[0]["mask_step"] = torch.tensor(0)
+    train(ours)
+    train(theirs)
+    for one, other in zip(params_of(ours), params_of(theirs), strict=True):
+        assert torch.equal(one, other)
+    assert int(ours.param_groups[0]["mask_step"]) == theirs.param_groups[0]["mask_step"] == 3
