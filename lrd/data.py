@@ -195,31 +195,39 @@ class Batches:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.crop = section.augment in ("crop", "crop_flip")
         self.flip = section.augment == "crop_flip"
-        size = images.pixels.shape[-1]
-        self.padding = (size // 8 if section.padding is None else section.padding) if self.crop else 0
+        height, width = images.pixels.shape[2:]
+        self.padding = (width // 8 if section.padding is None else section.padding) if self.crop else 0
         self.mean, self.std = _channel_statistics(images.pixels)
         self.order = lru_cache(maxsize=2)(self._order)
         self.shifts = lru_cache(maxsize=2)(self._shifts)
+        self._plan = lru_cache(maxsize=2)(self._planned)
+        self._padded = (height + 2 * self.padding, width + 2 * self.padding)  # pixels of a padded image
+        self._rows = self._row_starts().to(images.pixels.device)
 
     def indices(self, step: int, micro_step: int = 0) -> Tensor:
         """The sample indices of this rank at a micro step: int64 (micro_batch_size,), on the host."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        start = batch * self.batch_size + (micro_step * self.world_size + self.rank) * self.micro_batch_size
-        return self.order(epoch)[start : start + self.micro_batch_size]
+        epoch, part = self._part(step, micro_step)
+        return self.order(epoch)[part]
 
     def __call__(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs float32 (micro_batch_size, 3, H, W), normalized, and labels int64 (micro_batch_size,)."""
-        device = self.images.pixels.device
-        samples = self.indices(step, micro_step)
-        on_device = samples.to(device)
-        pixels = self.images.pixels[on_device]
+        epoch, part = self._part(step, micro_step)
+        samples, corners = self._plan(epoch)
+        own = samples[part]
+        pixels = self.images.pixels.index_select(0, own)  # copies image by image; pixels[own] goes byte by byte
         if self.crop:
-            pixels = self._augmented(pixels, self.shifts(step // self.steps_per_epoch)[samples].to(device))
-        return self.normalized(pixels), self.images.labels[on_device]
+            pixels = self._augmented(pixels, corners[part])
+        return self.normalized(pixels), self.images.labels.index_select(0, own)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, zero mean and unit variance over the training set, channel by channel."""
-        return (pixels.float() - self.mean) / self.std
+        return pixels.float().sub_(self.mean).div_(self.std)  # in place: one allocation of a batch's size, not three
+
+    def _part(self, step: int, micro_step: int) -> tuple[int, slice]:
+        """The epoch, and where in its order this rank's samples stand."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.batch_size + (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return epoch, slice(start, start + self.micro_batch_size)
 
     def _order(self, epoch: int) -> Tensor:
         count = len(self.images)
@@ -232,16 +240,36 @@ class Batches:
         choices = np.array([2 * self.padding + 1, 2 * self.padding + 1, 2 if self.flip else 1], dtype=np.uint64)
         return torch.from_numpy((draws[:, :3] * choices >> 32).astype(np.int64))
 
-    def _augmented(self, pixels: Tensor, shifts: Tensor) -> Tensor:
-        """Crop with zero padding and flip, each sample its own."""
-        count, _, height, width = pixels.shape
+    def _planned(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Samples in the epoch's order and the corners of their crops, both int64 (N,), on the training device.
+
+        Copied there once an epoch: a copy in each step would make the host wait for a GPU. A corner is where the crop
+        begins in `_augmented`'s two padded images, the sample and its mirror image, laid out one after the other.
+        """
+        order, device = self.order(epoch), self.images.pixels.device
+        row, column, flip = self.shifts(epoch)[order].T
+        height, width = self._padded
+        column = torch.where(flip == 1, 2 * self.padding - column, column)
+        return order.to(device), (flip * 3 * height * width + row * width + column).to(device)
+
+    def _row_starts(self) -> Tensor:
+        """Where each row of each crop begins whose corner is 0, in `_augmented`'s bytes: int64 (micro_batch, 3 * H)."""
+        height, width = self._padded
+        sample = torch.arange(self.micro_batch_size) * ((1 + self.flip) * 3 * height * width)
+        row = torch.arange(3)[:, None] * (height * width) + torch.arange(height - 2 * self.padding) * width
+        return sample[:, None] + row.flatten()
+
+    def _augmented(self, pixels: Tensor, corners: Tensor) -> Tensor:
+        """Crop with zero padding and flip, each sample its own: uint8 (B, 3, H, W), int64 (B,) -> uint8 (B, 3, H, W).
+
+        A flipped crop is a crop of the mirror image, and a crop is 3 * H runs of W bytes. `unfold` is a view of the run
+        that begins at each byte; from it index_select copies whole runs, where an index of pixels copies bytes.
+        """
         padded = torch.nn.functional.pad(pixels, [self.padding] * 4)
-        rows = shifts[:, 0, None] + torch.arange(height, device=pixels.device)
-        across = torch.arange(width, device=pixels.device).expand(count, -1)
-        columns = shifts[:, 1, None] + torch.where(shifts[:, 2, None] == 1, width - 1 - across, across)
-        sample = torch.arange(count, device=pixels.device)[:, None, None]
-        cut = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-        return cut.permute(0, 3, 1, 2).contiguous()
+        if self.flip:
+            padded = torch.stack([padded, padded.flip(-1)], 1)
+        runs = padded.flatten().unfold(0, pixels.shape[-1], 1)
+        return runs.index_select(0, (self._rows + corners[:, None]).flatten()).view(pixels.shape)
 
 
 def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

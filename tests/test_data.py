@@ -232,6 +232,69 @@ def test_augmentation_is_pad_crop_flip_of_each_image_by_itself(augment, padding)
         assert len({tuple(shift) for shift in shifts}) > 1 or (padding == 0 and augment == "crop")
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (11, 11), (32, 32), (9, 14)])
+@pytest.mark.parametrize(("augment", "padding"), [("none", 0), ("crop", 4), ("crop_flip", 0), ("crop_flip", 5)])
+def test_inputs_are_bit_for_bit_what_the_arithmetic_says_on_each_rank_and_micro_step(height, width, augment, padding):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 3, height, width), dtype=torch.uint8, generator=generator)
+    before = pixels.clone()
+    mean, std = (moment[:, None, None] for moment in moments(pixels))
+    part = section(augment=augment, padding=padding)
+    for rank, micro_step in product(range(2), range(3)):
+        some = data.Batches(data.Images(pixels, torch.arange(50)), part, 5, rank, 2, 3)
+        for step in (0, 1, 7):
+            samples = some.indices(step, micro_step)
+            shifts = some.shifts(step)[samples].tolist()
+            images = pixels[samples].numpy()
+            by_hand = [
+                augmented_by_hand(image, some.padding, *shift) for image, shift in zip(images, shifts, strict=True)
+            ]
+            inputs, labels = some(step, micro_step)
+            assert torch.equal(inputs, (torch.from_numpy(np.stack(by_hand)).float() - mean) / std)
+            assert inputs.is_contiguous()
+            assert labels.tolist() == samples.tolist()
+    assert torch.equal(pixels, before)
+
+
+def moments(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = pixels.transpose(0, 1).flatten(1).double()
+    return values.mean(1).float(), values.std(1, correction=0).float()
+
+
+def test_an_epoch_is_drawn_once_and_remembered_while_the_next_begins(monkeypatch):
+    drawn, words = [], data.philox.words
+
+    def noted(seed, domain, position, *blocks):
+        drawn.append((domain.name, position[0]))
+        return words(seed, domain, position, *blocks)
+
+    monkeypatch.setattr(data.philox, "words", noted)
+    some = batches(augment="crop_flip", batch_size=16)  # 6 steps an epoch
+    drawn.clear()
+    for step in (0, 1, 5, 6, 5, 7):
+        some(step)
+        some.indices(step)
+    assert drawn == [("ORDER", 0), ("AUGMENT", 0), ("ORDER", 1), ("AUGMENT", 1)]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_device_gets_the_inputs_of_the_cpu_and_the_host_waits_once_an_epoch():
+    part = section(augment="crop_flip", padding=3)
+    images = data.load(part, 0).train
+    on_cpu, on_device = (data.Batches(images.to(torch.device(name)), part, seed=0) for name in ("cpu", "cuda"))
+    on_device(0)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs, labels = on_device(1)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert inputs.device.type == "cuda"
+    assert torch.equal(inputs.cpu(), on_cpu(1)[0])
+    assert torch.equal(labels.cpu(), on_cpu(1)[1])
+
+
 def test_without_augmentation_the_images_are_left_alone():
     plain = batches(augment="none", padding=3)
     assert torch.equal(plain(0)[0], plain.normalized(plain.images.pixels[plain.indices(0)]))
