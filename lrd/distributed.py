@@ -16,8 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from lrd import hardware, rendezvous
 from lrd import recipe as recipes
-from lrd import rendezvous
 from lrd.errors import UserError, describe
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def start(trainer: recipes.Trainer, facts: dict[str, Any]) -> Accelerator:
         UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and there is none; the
             ranks do not agree on `facts`.
     """
-    use_cpu = _use_cpu(trainer.device)
+    use_cpu = hardware.uses_cpu(trainer.device)
     rendezvous.facts = {"device": "cpu" if use_cpu else "cuda", **facts}
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,25 +50,6 @@ def start(trainer: recipes.Trainer, facts: dict[str, Any]) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-
-
-def _use_cpu(device: str) -> bool:
-    """`accelerate launch` does not tell its ranks of `use_cpu`; hidden GPUs (`gpu_ids: "-1,-1"`) do."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").split(",")[0] in ("", "-1")
-    asked_for_cpu = hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-    if device == "cpu" or (device == "auto" and asked_for_cpu):
-        return True
-    if torch.cuda.is_available():
-        return False
-    if device == "cuda":
-        raise UserError("trainer.device: is 'cuda', but this host has no CUDA device that torch can use")
-    if launched:
-        raise UserError(
-            "the launch file asks for GPUs, but this host has no CUDA device that torch can use; "
-            "take launch/accelerate/cpu.yaml, or trainer.device=cpu"
-        )
-    return True
 
 
 def leave(status: int) -> NoReturn:

@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from lrd import __version__, checkpoint, console, data, distributed
+from lrd import __version__, checkpoint, console, data, distributed, hardware
 from lrd import recipe as recipes
 from lrd.batchnorm import synchronized
 from lrd.compression import all_reduce_in_bf16
@@ -146,6 +146,7 @@ def set_up(recipe: recipes.Recipe) -> Job:
     Raises:
         UserError: the same on every rank.
     """
+    recipe = hardware.settle(recipe)
     code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
     accelerator = distributed.start(recipe.trainer, {**code, **recipe.agreed()})
     roll_call = RollCall()

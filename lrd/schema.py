@@ -148,11 +148,11 @@ class Schedule(Section):
 class Trainer(Section):
     epochs: Int = Field(1, gt=0)
     max_steps: Int | None = Field(None, gt=0, description="stop after this many steps of the whole run")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = Field("fp32", description="auto: see `lrd.hardware.settle`")
     accumulation_steps: Int = Field(1, gt=0, description="micro steps of one step")
     clip_norm: Float | None = Field(None, gt=0.0)
     gradient_compression: Literal["none", "bf16"] = Field("none", description="of what the ranks send each other")
-    channels_last: bool = False
+    channels_last: Literal[True, False, "auto"] = False
     compile: bool = False
     deterministic: bool = False
     eval_every: Int = Field(1, gt=0, description="epochs")

@@ -47,6 +47,7 @@ FLOORS = {
         "peers",
         "hosts",
         "compression",
+        "hardware",
     ),
     2: (
         "checkpoint",

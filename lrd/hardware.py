@@ -1,0 +1,82 @@
+"""What this host has, and what a recipe's `auto` and a rank's threads are on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrd import console
+from lrd import recipe as recipes
+from lrd.errors import UserError
+
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def settle(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with each `auto` of precision and layout replaced by what it is on this host.
+
+    From here on nothing knows of `auto`: ranks compare what it became, and so does a resume, on another processor too.
+    On a CPU channels_last is within the noise in bf16, and slower in fp32 on 8x8 images (docs/performance.md).
+
+    Raises:
+        UserError: see `uses_cpu`.
+    """
+    trainer = recipe.trainer
+    if "auto" not in (trainer.precision, trainer.channels_last):
+        return recipe
+    on_cpu, settled = uses_cpu(trainer.device), dict[str, Any]()
+    if trainer.precision == "auto":
+        has_bf16 = has_bf16_instructions() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+        settled["precision"] = "bf16" if has_bf16 else "fp32"
+    if trainer.channels_last == "auto":  # Tensor Cores want it
+        settled["channels_last"] = not on_cpu and settled.get("precision", trainer.precision) == "bf16"
+    for key, value in settled.items():
+        console.say(f"trainer.{key}: auto is {str(value).lower()} here")
+    return recipe.model_copy(update={"trainer": trainer.model_copy(update=settled)})
+
+
+def uses_cpu(device: str) -> bool:
+    """What `trainer.device` and the launch file say.
+
+    `accelerate launch` does not tell its ranks of `use_cpu`; hidden GPUs (`gpu_ids: "-1,-1"`) do.
+
+    Raises:
+        UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and there is none.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").split(",")[0] in ("", "-1")
+    asked_for_cpu = hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    if device == "cpu" or (device == "auto" and asked_for_cpu):
+        return True
+    if torch.cuda.is_available():
+        return False
+    if device == "cuda":
+        raise UserError("trainer.device: is 'cuda', but this host has no CUDA device that torch can use")
+    if launched:
+        raise UserError(
+            "the launch file asks for GPUs, but this host has no CUDA device that torch can use; "
+            "take launch/accelerate/cpu.yaml, or trainer.device=cpu"
+        )
+    return True
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the processor multiplies in bfloat16: AVX512-BF16 or AMX. Without, bf16 takes 2.5 times as long."""
+    try:
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
+    except (AttributeError, RuntimeError):  # a torch that has not got it, a processor that it does not know
+        return any(name in _cpu_flags() for name in _BF16_INSTRUCTIONS)
+
+
+def _cpu_flags() -> set[str]:
+    """As the kernel tells them; none where there is no such file."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
