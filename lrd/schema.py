@@ -159,6 +159,7 @@ class Trainer(Section):
     fingerprint_every: Int = Field(100, ge=0, description="steps between comparisons of the replicas; 0: never")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: Float = Field(10.0, gt=0.0, description="until a missing rank is an error")
+    profile: Int | None = Field(None, gt=0, description="steps to record with torch's profiler, after three others")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="where a loss or the gradient's norm is not finite, before the optimizer's step"
     )

@@ -18,6 +18,7 @@ from lrd.evaluate import evaluate
 from lrd.guard import Guard
 from lrd.job import Job, set_up
 from lrd.peers import RollCall
+from lrd.profile import profiled
 from lrd.progress import Progress
 from lrd.replicas import compare_replicas
 from lrd.signals import StopSignals, follow_launcher
@@ -26,7 +27,7 @@ from lrd.signals import StopSignals, follow_launcher
 def train(job: Job, signals: StopSignals) -> int:
     """The loop. Returns the exit status."""
     guard = Guard(job)
-    with job.writer or nullcontext(), Progress(job) as progress:
+    with job.writer or nullcontext(), Progress(job) as progress, profiled(job) as profile_step:
         stop_signal = end_step(job, progress, signals, 0) if job.is_evaluation_due else 0  # one that was cut short
         if job.step >= job.total_steps and not progress.steps:
             console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
@@ -52,6 +53,7 @@ def train(job: Job, signals: StopSignals) -> int:
                 job.schedule.end_epoch()
             progress.step(lrs, grad_norm, is_good)
             stop_signal = end_step(job, progress, signals, stop_signal)
+            profile_step()
         return finish(job, progress, stop_signal)
 
 

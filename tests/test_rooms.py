@@ -60,6 +60,7 @@ FLOORS = {
         "events",
         "guard",
         "job",
+        "profile",
         "progress",
         "plots",
     ),
