@@ -40,6 +40,7 @@ def start(trainer: recipes.Trainer, facts: dict[str, Any]) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     if not use_cpu:
         torch.backends.cudnn.benchmark = not trainer.deterministic
+    hardware.share_cores()
     timeout = timedelta(minutes=trainer.timeout_minutes)
     return Accelerator(
         cpu=use_cpu,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lrd import console, distributed, network, peers
+from lrd import console, distributed, hardware, network, peers
 from lrd.errors import EXIT_OK, RunError, UserError
 from lrd.recipe import Trainer
 
@@ -86,7 +86,7 @@ def _look(device: torch.device, run_dir: Path, skew: float, error: float) -> Fac
         backend=backend,
         interface=os.environ.get(variable, "its own choice" if dist.is_initialized() else ""),
         threads=torch.get_num_threads(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=max(1, int(hardware.cores())),
         load=os.getloadavg()[0],
         has_unused_gpu=device.type == "cpu" and torch.cuda.is_available(),
         free_disk=shutil.disk_usage(below).free,

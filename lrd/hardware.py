@@ -14,6 +14,7 @@ from lrd.errors import UserError
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 _CPUINFO = Path("/proc/cpuinfo")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def settle(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -71,6 +72,37 @@ def has_bf16_instructions() -> bool:
         return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
     except (AttributeError, RuntimeError):  # a torch that has not got it, a processor that it does not know
         return any(name in _cpu_flags() for name in _BF16_INSTRUCTIONS)
+
+
+def share_cores() -> None:
+    """Take no more threads than this rank's share of the cores: those of several ranks would take turns.
+
+    OMP_NUM_THREADS, of the user or of a launcher, is what a rank has unless that is more. Accelerate sets it to the
+    host's cores by the ranks, whatever of them a container, `taskset` or SLURM leaves to this process.
+    """
+    share = max(1, int(cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if torch.get_num_threads() > share:
+        torch.set_num_threads(share)
+
+
+def cores() -> float:
+    """Those this process may run on, or less where its cgroup (version 2) has a quota of CPU time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([float(allowed), *_quotas()])
+
+
+def _quotas() -> list[float]:
+    """In cores, of this process's cgroup and those above it."""
+    try:
+        own = next(line[3:] for line in _OWN_CGROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    quotas, folder = list[float](), _CGROUPS / own.lstrip("/")
+    for one in (folder, *folder.parents):
+        if one.is_relative_to(_CGROUPS) and (one / "cpu.max").is_file():
+            quota, period = (one / "cpu.max").read_text(encoding="utf-8").split()
+            quotas += [] if quota == "max" else [int(quota) / int(period)]
+    return quotas
 
 
 def _cpu_flags() -> set[str]:

@@ -98,6 +98,51 @@ def test_where_torch_does_not_know_the_kernel_is_asked(monkeypatch, tmp_path, fa
         assert hardware.has_bf16_instructions() == expected
 
 
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """A host of so many cores, whose cgroups have these quotas (of each 100 ms, in ms; the root's last)."""
+
+    def of(cores: int, *quotas: str) -> None:
+        monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
+        (tmp_path / "own").write_text("4:memory:/elsewhere\n0::/pod/container\n")
+        for folder, quota in zip(("pod/container", "pod", "."), quotas, strict=False):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "cpu.max").write_text(f"{quota} 100\n")
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("cores", "quotas", "ranks", "threads", "expected"),
+    [
+        (8, [], 1, 16, 8),
+        (8, [], 2, 8, 4),
+        (8, [], 3, 8, 2),
+        (2, [], 3, 2, 1),
+        (8, [], 2, 1, 1),  # OMP_NUM_THREADS=1 stands
+        (8, ["400"], 2, 8, 2),
+        (8, ["max", "150"], 1, 8, 1),
+        (8, ["600", "max", "300"], 1, 8, 3),
+        (8, ["50"], 4, 8, 1),
+    ],
+)
+def test_a_rank_has_no_more_threads_than_its_share_of_the_cores(
+    monkeypatch, host, cores, quotas, ranks, threads, expected
+):
+    host(cores, *quotas)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    torch.set_num_threads(threads)
+    hardware.share_cores()
+    assert torch.get_num_threads() == expected
+
+
+def test_cores_are_known_where_there_are_no_cgroups(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "none")
+    assert hardware.cores() >= 1
+
+
 def test_on_this_machine_it_says_something():
     assert hardware.has_bf16_instructions() in (True, False)
 
