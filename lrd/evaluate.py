@@ -55,7 +55,9 @@ def evaluate(
         with accelerator.autocast():
             logits = network(normalized(images.pixels[part]))
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double(), sums.new_tensor(len(labels))])
+        sums += torch.stack(
+            [loss.double(), (logits.argmax(1) == labels).sum().double(), sums.new_full((), len(labels))]
+        )
     network.train()
     loss_sum, correct, seen = accelerator.reduce(sums, reduction="sum").tolist()
     assert seen == len(images)
