@@ -44,6 +44,11 @@ def test_digits_has_its_images_and_every_class_in_both_parts(digits):
     assert digits.classes == tuple("0123456789")
 
 
+def test_digits_are_those_that_scikit_learn_loads(digits, monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    assert data.load(recipes.Data(dataset="digits"), seed=0).fingerprint() == digits.fingerprint()
+
+
 def test_no_digit_is_in_both_parts(digits):
     from sklearn.datasets import load_digits
 
