@@ -157,9 +157,9 @@ def set_up(recipe: recipes.Recipe) -> Job:
     distributed.handshake({"data.fingerprint": job.identity["data.fingerprint"]})
     distributed.on_main(lambda: _take_run_dir(job))
     bring_newest(Path(recipe.run_dir))
-    path, state = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir)))
-    if state is not None:
-        distributed.together(lambda: job.restore(state, path))
+    path, files = distributed.on_main(lambda: _read_newest(Path(recipe.run_dir)))
+    if files:
+        distributed.together(lambda: _go_on(job, path, files))
         compare_replicas(job.network, job.optimizer, job.step)  # what was read on one rank arrived on all
     job.model, job.prepared_optimizer = accelerator.prepare(job.network, job.optimizer)
     if recipe.trainer.gradient_compression == "bf16" and accelerator.num_processes > 1:
@@ -234,15 +234,19 @@ def _take_run_dir(job: Job) -> None:
     job.run_dir = RunDir(Path(job.recipe.run_dir))
 
 
-def _read_newest(run_dir: Path) -> tuple[Path, checkpoint.State | None]:
-    """The newest good checkpoint. For rank 0 alone: what it read is what all get."""
+def _read_newest(run_dir: Path) -> tuple[Path, dict[str, bytes]]:
+    """The newest good checkpoint's files. For rank 0 alone: what it read is what all get."""
     path, passed_over = checkpoint.newest(run_dir)
     for line in passed_over:
         console.say(line)
     if path is None:
         if passed_over:
             console.say(f"{run_dir}: no whole checkpoint is left; starting from the beginning")
-        return run_dir, None
-    state = checkpoint.read(path)
+        return run_dir, {}
+    return path, checkpoint.content(path)
+
+
+def _go_on(job: Job, path: Path, files: dict[str, bytes]) -> None:
+    state = checkpoint.parse(path, files)
     console.say(f"{path}: going on after step {state.step}")
-    return path, state
+    job.restore(state, path)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams, scalar, text
@@ -112,6 +111,8 @@ class Tracker:
 
 def recorded_at(run_dir: Path, step: int) -> set[str]:
     """The tags of which `run_dir` has a record of a step. Reads all its event files, so not for every start."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     return {tag for tag in events.Tags()["scalars"] if any(point.step == step for point in events.Scalars(tag))}
