@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from masked_step import circumstances
+from common import circumstances
 from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn

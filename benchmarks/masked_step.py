@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import circumstances
 from rich.progress import track
 
 import lrd
@@ -66,20 +64,6 @@ def compare(name: str, keep_prob: float, steps: int, device: str) -> dict[str, A
         "lrdropout_ms": statistics.median(ours for _, ours in pairs),
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "n": steps,
-    }
-
-
-def circumstances(device: str) -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return {
-        "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else models[0] if models else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lrd": lrd.__version__,
     }
 
 

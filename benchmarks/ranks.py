@@ -10,7 +10,6 @@ take turns. A step's time is the median between its records in TensorBoard.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,18 +18,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from masked_step import circumstances
+from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write
 from rich.progress import track
 
 from lrd import console
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from launching import EventAccumulator, command, launch  # noqa: E402
-from network import hosts, launcher  # noqa: E402
+from launching import EventAccumulator, command, launch
+from network import hosts, launcher
 
-RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
 IMAGES = 64  # a rank and step
 GRADIENTS = 4 * 21_282_122  # bytes
 FIRST = 3  # steps that warm up
@@ -91,10 +88,6 @@ def step_seconds(run_dir: Path) -> float:
     return statistics.median(later - earlier for earlier, later in pairwise(times))
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def sent_a_step(way: Way) -> float:
     """Bytes, all headers included, from two runs of different length."""
     few, many = measure(way, FIRST + 2)["sent"], measure(way, FIRST + 8)["sent"]
@@ -105,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ranks.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ranks.json")
     arguments = parser.parse_args()
     bytes_a_step = {way.name: sent_a_step(way) for way in track([WAYS[2], WAYS[3]], "bytes on the wire")}
     rounds: list[dict[str, float]] = []
@@ -123,13 +116,12 @@ def main() -> None:
         "seconds": {way.name: summary([one[way.name] for one in rounds]) for way in WAYS},
         "efficiency": {way.name: summary([one["1 rank"] / one[way.name] for one in rounds]) for way in WAYS},
     }
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+    write(arguments.out, facts)
     rows = []
     for way in WAYS:
         seconds, efficiency = facts["seconds"][way.name], facts["efficiency"][way.name]
         speed = IMAGES * way.world_size / seconds["median"]
-        spread = f"{efficiency['median']:.2f} ({efficiency['min']:.2f} to {efficiency['max']:.2f})"
-        rows.append([way.name, f"{seconds['median']:.3f}", f"{speed:.0f}", spread])
+        rows.append([way.name, f"{seconds['median']:.3f}", f"{speed:.0f}", spread(efficiency)])
     console.table("", ["", "seconds a step", "images/s", "efficiency, median (min to max)"], rows)
     for name, sent in bytes_a_step.items():
         console.say(f"{name}: {sent / 1e6:.1f} MB sent a step by a host, {sent / GRADIENTS:.3f} of the gradients' size")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from masked_step import circumstances
+from common import circumstances
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer

@@ -1,6 +1,6 @@
 """How long does training stand still for a checkpoint of the full ResNet-34? In the background against the foreground.
 
-    accelerate launch --config_file launch/accelerate/cpu.yaml benchmarks/checkpoint_stall.py
+    accelerate launch --config_file launch/accelerate/cpu.yaml benchmarks/checkpoint.py
 
 First the same checkpoint in both ways in turn, with a training step between; then blocks of 100 steps of global batch
 128 with one checkpoint and with none in turn, for what the writing takes from the training beside it.
@@ -9,22 +9,17 @@ First the same checkpoint in both ways in turn, with a training step between; th
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from masked_step import circumstances
+from common import RECIPE, RESULTS, circumstances, spread, summary, write
 from rich.progress import track
 
 from lrd import console, distributed, recipe
 from lrd.job import Job, set_up
 from lrd.train import clip, forward_backward, save_checkpoint
-
-ROOT = Path(__file__).parents[1]
-RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
 
 
 def step(job: Job) -> None:
@@ -75,16 +70,12 @@ def train_in_turn(job: Job, blocks: int, steps: int) -> list[dict[str, float]]:
     return rounds
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "checkpoint_stall.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         job = set_up(recipe.load(RECIPE, [f"run_dir={folder}", "trainer.epochs=1000"]))
@@ -108,8 +99,10 @@ def main() -> None:
             "stood_still_share": summary([r["stood still"] / r["without"] for r in rounds]),
             "slower_with": summary([r["with"] / r["without"] - 1 for r in rounds]),
         }
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-        console.say(json.dumps({key: facts[key] for key in ("foreground", "background", "ratio", "slower_with")}))
+        keys = ("foreground", "background", "ratio", "stood_still_share", "slower_with")
+        rows = [[key.replace("_", " "), spread(facts[key], 3)] for key in keys]
+        console.table(facts["what"], ["", "median (min to max)"], rows)
+        write(arguments.out, facts)
     distributed.leave(0)
 
 
