@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lrd
+
 PACKAGE = Path(__file__).parents[1] / "lrd"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 FLOORS = {
@@ -122,9 +124,27 @@ def test_no_room_imports_itself_by_way_of_others():
     assert sorted(order) == MODULES
 
 
-def test_import_lrd_is_cheap():
-    dear = ["accelerate", "triton", "numba", "torch._dynamo", "torchvision"]
-    dear += ["pydantic", "matplotlib", "sklearn", "yaml", "rich"]
-    code = f"import sys, lrd; lrd.LRDropout; print([name for name in {dear} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("code", "dear"),
+    [
+        ("import lrd, lrd.cli", ["torch", "numpy", "yaml", "pydantic"]),
+        ("import lrd; lrd.LRDropout", ["accelerate", "triton", "numba", "torch._dynamo", "torchvision", "pydantic"]),
+        (
+            "import lrd.train; from lrd import data, recipe; data.load(recipe.Data(dataset='digits'), 0)",
+            ["matplotlib", "sklearn", "scipy", "pandas", "torchvision.transforms.v2", "torch._inductor.compile_fx",
+             "tensorboard.backend.event_processing.event_accumulator"],
+        ),
+    ],
+    ids=["lrd", "LRDropout", "train"],
+)  # fmt: skip
+def test_an_import_brings_nothing_dear_along(code, dear):
+    code = f"import sys; {code}; print([name for name in {dear} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_all_of_lrd_can_be_had_by_name():
+    assert dir(lrd) == sorted(lrd.__all__)
+    assert [getattr(lrd, name).__name__ for name in ("LRDropout", "Magma")] == ["LRDropout", "Magma"]
+    with pytest.raises(AttributeError, match="'lrd' has no attribute 'Dropout'"):
+        lrd.Dropout  # noqa: B018
