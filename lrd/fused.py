@@ -142,7 +142,7 @@ def _take_on_cuda(kind: Any, optimizer: Optimizer, updates: list[Update]) -> Non
             state = _moments(optimizer, param, group)
             state["step"] += 1
             tensors = [state["exp_avg"], state["exp_avg_sq"], state["step"]]
-            own = None if state["step"].is_cuda else state["step"].item()
+            own = None if _counts_on_device(group) else state["step"].item()
         _, lists = calls.setdefault((id(group), own), (group, []))
         lists.append((param, param.grad, *tensors, index))
     for (_, own), (group, lists) in calls.items():
@@ -180,13 +180,18 @@ def _momentum_buffer(optimizer: Optimizer, param: Tensor, group: dict[str, Any])
 
 
 def _moments(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """Adam's state as torch makes it: the step counts on the device only where `fused` or `capturable` ask for it."""
+    """Adam's state as torch makes it."""
     state: dict[str, Any] = optimizer.state[param]
     if not state:
-        on_device = group.get("fused") or group["capturable"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+        device = param.device if _counts_on_device(group) else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
     return state
+
+
+def _counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether Adam's `step` is on the parameter's device: torch has it there for its fused and its captured steps."""
+    return bool(group.get("fused") or group["capturable"])
 
 
 _MODULES = {"cpu": "lrd.cpu_step", "cuda": "lrd.cuda_step"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrd import distributed, job, recipe, signals, train
+from lrd import data, distributed, job, recipe, signals, train
 from lrd.errors import UserError
 
 out, other_seed, recipe_path, *overrides = sys.argv[1:]
@@ -22,16 +22,16 @@ if rank == 1 and other_seed != "same":
     for group in this.optimizer.param_groups:
         group["mask_seed"] = int(other_seed)
 seen: list[int] = []
-indices = this.batches.indices
+batches = type(this.batches)
+batch = batches.__call__
 
 
-def recorded(step: int, micro_step: int = 0) -> Tensor:
-    samples = indices(step, micro_step)
-    seen.extend(samples.tolist())
-    return samples
+def recorded(self: data.Batches, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
+    seen.extend(self.indices(step, micro_step).tolist())
+    return batch(self, step, micro_step)
 
 
-this.batches.indices = recorded
+batches.__call__ = recorded
 message = ""
 try:
     with signals.StopSignals() as received:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrd import mask
+from lrd import LRDropout, fused, mask
 
 triton = pytest.importorskip("triton", reason="triton cannot be imported", exc_type=ImportError)
 
@@ -328,6 +328,58 @@ def test_numbers_may_lie_on_the_device(step):
     assert_same_bits(*runs)
 
 
+def test_each_tensor_may_count_its_own_steps(step):
+    together, apart = ([copies(tensors(seed)) for seed in (1, 2, 3, 4)] for _ in range(2))
+    for squares in (together[3], apart[3]):
+        [square.square_() for square in squares]
+    counts = [float(1 + number % 3) for number in range(len(together[0]))]
+    indices, options = list(range(len(counts))), {**ADAM_OPTIONS, **MASKED, "seed": 5, "mask_step": 7}
+    step.adam(*together, indices, **{**options, "step": [torch.tensor(count) for count in counts]})
+    for number, count in enumerate(counts):
+        step.adam(*([own[number]] for own in apart), [number], **{**options, "step": int(count)})
+    for ours, theirs in zip(together, apart, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd without momentum", "adam", "adamw", "adam, steps on the device"])
+def test_what_lrdropout_hands_over_is_one_step_of_torchs(step, kind, monkeypatch):
+    """The dispatch that a CUDA device would get, with two groups and a parameter that joins later."""
+    monkeypatch.setattr(fused, "_module", lambda _: step)
+    cls = {"s": torch.optim.SGD, "a": torch.optim.AdamW if kind == "adamw" else torch.optim.Adam}[kind[0]]
+    options = {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "sgd" else {})
+    options |= {"fused": True} if "device" in kind else {}
+    optimizers = []
+    for _ in range(2):
+        params = [nn.Parameter(tensor) for tensor in tensors(1)[:6]]
+        groups = [{"params": params[:4]}, {"params": params[4:], "lr": 0.1, "keep_prob": 0.9}]
+        optimizers.append(cls(groups, **options))
+    own, stock = optimizers
+    dropout = LRDropout(own, keep_prob=0.5, seed=3)
+    fake = [param for group in own.param_groups for param in group["params"]]
+    real = [param for group in stock.param_groups for param in group["params"]]
+    for count in range(3):
+        grads = tensors(count + 2)[: 6 if count else 5]
+        before = copies(fake)
+        for params in (fake, real):
+            for param, grad in zip(params, grads, strict=False):
+                param.grad = grad.clone()
+        updates = [(i, param, own.param_groups[i > 3]) for i, param in enumerate(fake) if param.grad is not None]
+        with torch.no_grad():
+            fused._take_on_cuda(fused._kind(own), own, updates)
+        with torch.no_grad():
+            for one, other in zip(real, before, strict=True):
+                one.copy_(other)
+        stock.step()
+        for index, (ours, theirs, old) in enumerate(zip(fake, real, before, strict=True)):
+            place = {"seed": 3, "step": count, "index": index, "keep_prob": 0.9 if index > 3 else 0.5}
+            expected = torch.where(mask.keep_mask(ours.shape, **place), theirs, old)
+            torch.testing.assert_close(ours, expected if ours.grad is not None else old, rtol=1e-4, atol=1e-6)
+            assert torch.equal(bits(ours) == bits(old), bits(expected) == bits(old))
+        for group in own.param_groups:
+            group["mask_step"] += 1
+    assert dropout.fused_groups == set()  # nobody has stepped the optimizer itself
+
+
 def test_nans_and_zeros_that_are_dropped_keep_their_bits(step):
     pattern = torch.tensor([0x7FC12345, 0x7F812345, -0x80000000, 0x00000001] * 300, dtype=torch.int64)
     param = pattern.to(torch.int32).view(torch.float32)
@@ -405,7 +457,7 @@ COMMON = {"DECAY": True, "MAXIMIZE": False, "MASKED": True, "RESCALE": True, "CH
 KERNELS = {
     "draw_kernel": {"BLOCKS": 256},
     "sgd_kernel": {"MOMENTUM": True, "NESTEROV": True, "FIRST": False, **COMMON},
-    "adam_kernel": {"DECOUPLED": True, **COMMON},
+    "adam_kernel": {"DECOUPLED": True, "OWN_STEPS": True, **COMMON},
 }
 
 
