@@ -1,10 +1,11 @@
 """What do ranks and hosts cost? One rank, two on a host, two hosts, over links of several speeds; bytes on the wire.
 
     sudo .venv/bin/python benchmarks/ranks.py
+    .venv/bin/python benchmarks/ranks.py --local --out benchmarks/results/ranks_one_host.json
 
-Full ResNet-34 on the digits, 64 images a rank and step, one thread a rank, so that efficiency is (images/s of two
-ranks) / (2 x images/s of one). Hosts are network namespaces of this machine (tests/network.py): root only. The ways
-take turns. A step's time is the median between its records in TensorBoard.
+Full ResNet-34, one thread a rank, so that efficiency is (images/s of two ranks) / (2 x images/s of one): 64 digits of
+8x8 a rank and step, or 32 images of 32x32. Hosts are network namespaces of this machine (tests/network.py): root only;
+--local leaves them out. The ways take turns. A step's time is the median between its records in TensorBoard.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from launching import EventAccumulator, command, launch
 from network import hosts, launcher
 
-IMAGES = 64  # a rank and step
+IMAGES = {8: 64, 32: 32}  # a rank and step, by their size
 GRADIENTS = 4 * 21_282_122  # bytes
 FIRST = 3  # steps that warm up
 
@@ -42,6 +43,12 @@ class Way:
     ranks: int  # on each host
     megabits: int = 0
     compression: str = "none"
+    size: int = 8  # of the images
+
+    @property
+    def alone(self) -> str:
+        """The way with one rank that it is compared with."""
+        return "1 rank" if self.size == 8 else "1 rank, 32x32"
 
     @property
     def world_size(self) -> int:
@@ -51,6 +58,8 @@ class Way:
 WAYS = [
     Way("1 rank", 0, 1),
     Way("2 ranks, one host", 0, 2),
+    Way("1 rank, 32x32", 0, 1, size=32),
+    Way("2 ranks, one host, 32x32", 0, 2, size=32),
     Way("2 hosts", 2, 1),
     Way("2 hosts, bf16", 2, 1, 0, "bf16"),
     Way("2 hosts, 1 Gbit/s", 2, 1, 1000),
@@ -62,8 +71,16 @@ WAYS = [
 
 def measure(way: Way, steps: int) -> dict[str, float]:
     """Seconds a step, and the bytes that the main host sent in all."""
-    target = ["-m", "lrd.train", RECIPE, f"data.batch_size={IMAGES * way.world_size}", f"trainer.max_steps={steps}"]
+    target = [
+        "-m",
+        "lrd.train",
+        RECIPE,
+        f"data.batch_size={IMAGES[way.size] * way.world_size}",
+        f"trainer.max_steps={steps}",
+    ]
     target += ["trainer.epochs=1000", "checkpoint.every_steps=0", "trainer.fingerprint_every=0", "run_dir=run"]
+    if way.size != 8:
+        target += ["data.dataset=synthetic", f"data.image_size={way.size}"]
     target += ["schedule.name=constant", f"trainer.gradient_compression={way.compression}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -99,28 +116,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--out", type=Path, default=RESULTS / "ranks.json")
+    parser.add_argument("--local", action="store_true", help="one host only: needs no root")
     arguments = parser.parse_args()
-    bytes_a_step = {way.name: sent_a_step(way) for way in track([WAYS[2], WAYS[3]], "bytes on the wire")}
+    all_ways = [way for way in WAYS if not (arguments.local and way.hosts)]
+    counted = [way for way in all_ways if way.hosts and not way.megabits]
+    bytes_a_step = {way.name: sent_a_step(way) for way in track(counted, "bytes on the wire")}
     rounds: list[dict[str, float]] = []
     for number in range(arguments.rounds):
-        ways = WAYS if number % 2 == 0 else WAYS[::-1]
+        ways = all_ways if number % 2 == 0 else all_ways[::-1]
         rounds.append(
             {way.name: measure(way, arguments.steps)["seconds"] for way in track(ways, f"round {number + 1}")}
         )
     facts: dict[str, Any] = {
         **circumstances("cpu"),
-        "what": "seconds a step of ResNet-34 on the digits, 64 images a rank, one thread a rank; weak scaling",
+        "what": "seconds a step of ResNet-34, 64 digits or 32 images of 32x32 a rank, one thread a rank; weak scaling",
         "gradient_bytes": GRADIENTS,
         "sent_bytes_a_step": bytes_a_step,
         "rounds": rounds,
-        "seconds": {way.name: summary([one[way.name] for one in rounds]) for way in WAYS},
-        "efficiency": {way.name: summary([one["1 rank"] / one[way.name] for one in rounds]) for way in WAYS},
+        "seconds": {way.name: summary([one[way.name] for one in rounds]) for way in all_ways},
+        "efficiency": {way.name: summary([one[way.alone] / one[way.name] for one in rounds]) for way in all_ways},
     }
     write(arguments.out, facts)
     rows = []
-    for way in WAYS:
+    for way in all_ways:
         seconds, efficiency = facts["seconds"][way.name], facts["efficiency"][way.name]
-        speed = IMAGES * way.world_size / seconds["median"]
+        speed = IMAGES[way.size] * way.world_size / seconds["median"]
         rows.append([way.name, f"{seconds['median']:.3f}", f"{speed:.0f}", spread(efficiency)])
     console.table("", ["", "seconds a step", "images/s", "efficiency, median (min to max)"], rows)
     for name, sent in bytes_a_step.items():
