@@ -42,8 +42,16 @@ def step(tensors: NDArray[np.void]) -> None:
 
 @cache
 def _compiled(dtype: Any) -> Any:
-    """The kernel for a table: compiled in seconds, kept on disk for the next process."""
-    return cfunc("void(int64)", nopython=True, cache=True, error_model="numpy")({SGD: sgd, ADAM: adam}[dtype]).ctypes
+    """The kernel for a table: compiled in seconds, and kept on disk for the next process where that can be written."""
+    kernel = {SGD: sgd, ADAM: adam}[dtype]
+    try:
+        return _c_function(kernel, cache=True)
+    except RuntimeError:  # neither beside this file nor in the user's home
+        return _c_function(kernel, cache=False)
+
+
+def _c_function(kernel: Any, cache: bool) -> Any:
+    return cfunc("void(int64)", nopython=True, cache=cache, error_model="numpy")(kernel).ctypes
 
 
 @cache

@@ -272,6 +272,19 @@ def test_a_compiler_that_fails_is_said_once_and_training_goes_on(monkeypatch):
     assert_same(optimizer, theirs)
 
 
+def test_where_nothing_can_be_kept_on_disk_it_compiles_all_the_same(tmp_path):
+    """A container whose folders are read-only: Numba finds no place for its cache."""
+    code = (
+        "import torch, lrd, numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "param = torch.nn.Parameter(torch.ones(300)); param.grad = torch.ones(300)\n"
+        "optimizer = torch.optim.SGD([param], lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
+        "optimizer.step(); print(dropout.fused_groups)"
+    )
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout.strip(), ended.returncode) == ("{0}", 0), ended.stderr
+
+
 @pytest.mark.parametrize("how", ["switched off", "no Numba"])
 def test_without_a_compiler_the_bits_are_the_same(how):
     code = (

@@ -146,5 +146,8 @@ def test_an_import_brings_nothing_dear_along(code, dear):
 def test_all_of_lrd_can_be_had_by_name():
     assert dir(lrd) == sorted(lrd.__all__)
     assert [getattr(lrd, name).__name__ for name in ("LRDropout", "Magma")] == ["LRDropout", "Magma"]
+    code = "import lrd; print(lrd.optim.SGD.__name__, lrd.mask.draw.__name__)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "SGD draw"
     with pytest.raises(AttributeError, match="'lrd' has no attribute 'Dropout'"):
         lrd.Dropout  # noqa: B018
