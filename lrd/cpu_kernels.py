@@ -31,6 +31,7 @@ ADAM = np.dtype([
 ])  # fmt: skip
 _JOB, _SGD, _ADAM = (from_dtype(dtype) for dtype in (JOB, SGD, ADAM))
 _BLOCK = 1 << 8  # elements that one Philox block decides
+_PIECE = 1 << 9  # elements whose square roots are taken in one call: more wait longer for the memory, fewer are more calls
 _MULTIPLIER_0, _MULTIPLIER_1 = uint64(0xD2E7470EE14C6C93), uint64(0xCA5A826395121157)
 _WEYL_0, _WEYL_1 = uint64(0x9E3779B97F4A7C15), uint64(0xBB67AE8584CAA73B)
 _MKL_MODE = 0x2 | 0x140000 | 0x100  # high accuracy, denormals as they are, no error handler: as ATen calls it
@@ -211,7 +212,7 @@ def sgd(job):
 def adam(job):
     """Adam, and AdamW where it is decoupled; otherwise as `sgd`."""
     tensors, chunks, claims, (square_root, set_threads) = _unpacked(job, _ADAM)
-    words, roots = np.empty(8, np.uint32), np.empty(_BLOCK, np.float32)
+    words, roots = np.empty(8, np.uint32), np.empty(_PIECE, np.float32)
     threads = _set_threads(set_threads, 1) if square_root != 0 else 0
     for c in _claimed(claims, len(chunks)):
         own = tensors[chunks[c, 0]]
@@ -221,8 +222,8 @@ def adam(job):
         )  # fmt: skip
         correction, eps, minus_step_size = own.correction, own.eps, own.minus_step_size
         index, step, seed, limit, rescale = own.index, own.step, own.seed, own.limit, own.rescale
-        for start in range(chunks[c, 1], chunks[c, 1] + chunks[c, 2], _BLOCK):
-            count = min(_BLOCK, chunks[c, 1] + chunks[c, 2] - start)
+        for start in range(chunks[c, 1], chunks[c, 1] + chunks[c, 2], _PIECE):
+            count = min(_PIECE, chunks[c, 1] + chunks[c, 2] - start)
             param = _floats(own.param, start, count)
             grad = _floats(own.grad, start, count)
             exp_avg = _floats(own.exp_avg, start, count)
@@ -239,9 +240,10 @@ def adam(job):
             else:
                 for position in range(count):
                     roots[position] = np.sqrt(roots[position])
-            _draw(uint64(start // _BLOCK), index, step, seed, limit, words)
             for done in range(0, count, 32):
-                word = words[done // 32]
+                if done % _BLOCK == 0:
+                    _draw(uint64((start + done) // _BLOCK), index, step, seed, limit, words)
+                word = words[(done // 32) % 8]
                 for lane in range(min(32, count - done)):
                     i = np.uintp(done + lane)
                     old = param[i]

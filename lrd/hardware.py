@@ -21,7 +21,7 @@ def settle(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe with each `auto` of precision and layout replaced by what it is on this host.
 
     From here on nothing knows of `auto`: ranks compare what it became, and so does a resume, on another processor too.
-    On a CPU channels_last gains 2 to 11 % on 32x32 images and loses as much on 8x8 ones (docs/performance.md).
+    On a CPU channels_last gains 2 to 11 % on 32x32 images and loses as much on 8x8 ones (benchmarks/README.md).
 
     Raises:
         UserError: see `uses_cpu`.
