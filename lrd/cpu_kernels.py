@@ -31,7 +31,7 @@ ADAM = np.dtype([
 ])  # fmt: skip
 _JOB, _SGD, _ADAM = (from_dtype(dtype) for dtype in (JOB, SGD, ADAM))
 _BLOCK = 1 << 8  # elements that one Philox block decides
-_PIECE = 1 << 9  # elements whose square roots are taken in one call: more wait longer for the memory, fewer are more calls
+_PIECE = 1 << 9  # elements whose square roots are taken in one call: with more, the memory is idle for longer
 _MULTIPLIER_0, _MULTIPLIER_1 = uint64(0xD2E7470EE14C6C93), uint64(0xCA5A826395121157)
 _WEYL_0, _WEYL_1 = uint64(0x9E3779B97F4A7C15), uint64(0xBB67AE8584CAA73B)
 _MKL_MODE = 0x2 | 0x140000 | 0x100  # high accuracy, denormals as they are, no error handler: as ATen calls it

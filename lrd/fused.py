@@ -6,7 +6,7 @@ Which way it goes is a matter of speed alone. On a CPU the bits are those of tor
 its `fused=True`: `is_trusted` compares them with torch's optimizer before the first step, and where they differ nothing
 is taken over.
 
-`LRD_FUSED=0` in the environment takes nothing over.
+LRD_FUSED in the environment: 0 takes nothing over, 1 on a CPU small groups too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lrd import mask
 from lrd.errors import first_line
 
+_LEAST = 1 << 18  # elements for which loading Numba, a second, is worth while on a CPU
 Update = tuple[int, Tensor, dict[str, Any]]  # the parameter's index in the optimizer, the parameter, its group
 _STATE: dict[Any, tuple[str, ...]] = {
     torch.optim.SGD: ("momentum_buffer",),
@@ -43,6 +44,8 @@ def can_take(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if kind is None or not is_masked or is_scaled or not updated:
         return False
     device = updated[0].device
+    if device.type == "cpu" and os.environ.get("LRD_FUSED") != "1" and sum(p.numel() for p in updated) < _LEAST:
+        return False
     is_plain = _is_plain_on_cpu(group) if device.type == "cpu" else _is_plain_on_cuda(group)
     dense = (_is_dense(param, [param.grad, *_states(optimizer, kind, param)], device) for param in updated)
     return is_plain and device.type in _MODULES and all(dense) and is_trusted(kind, device)
@@ -201,7 +204,7 @@ _MODULES = {"cpu": "lrd.cpu_step", "cuda": "lrd.cuda_step"}
 def _module(device_type: str) -> Any:
     """The kernels for a kind of device; None where the compiler that they need is missing."""
     try:
-        return None if os.environ.get("LRD_FUSED", "1") == "0" else import_module(_MODULES[device_type])
+        return None if os.environ.get("LRD_FUSED") == "0" else import_module(_MODULES[device_type])
     except ImportError:  # no Numba or no Triton, or none that goes with this NumPy or torch
         return None
 

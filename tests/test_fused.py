@@ -30,6 +30,11 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_groups_too(monkeypatch):
+    monkeypatch.setenv("LRD_FUSED", "1")
+
+
 def make(cls: Any, options: dict[str, Any], can_fuse: bool = True, **dropout: Any) -> tuple[Optimizer, LRDropout]:
     generator = torch.Generator().manual_seed(1)
     params = [nn.Parameter(torch.randn(size, generator=generator)) for size in SIZES]
@@ -143,6 +148,15 @@ def test_groups_go_their_own_ways():
     (ours, fast), (theirs, slow) = build(True), build(False)
     assert (fast.fused_groups, slow.fused_groups) == ({0}, set())
     assert_same(ours, theirs)
+
+
+def test_a_few_elements_are_not_worth_a_compiler(monkeypatch):
+    monkeypatch.delenv("LRD_FUSED")
+    for count, expected in (((1 << 18) - 1, set()), (1 << 18, {0})):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(count))], lr=0.1)
+        dropout = LRDropout(optimizer)
+        train(optimizer, steps=1)
+        assert dropout.fused_groups == expected
 
 
 def test_gradients_are_there_again_after_the_step():
@@ -295,7 +309,7 @@ def test_without_a_compiler_the_bits_are_the_same(how):
         "for _ in range(3): optimizer.step()\n"
         "print(dropout.fused_groups, hashlib.sha256(param.detach().numpy().tobytes()).hexdigest())"
     )
-    environment = os.environ | ({"LRD_FUSED": "0"} if how == "switched off" else {})
+    environment = os.environ | {"LRD_FUSED": "0" if how == "switched off" else "1"}
     ended = subprocess.run(
         [sys.executable, "-c", code, how], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
