@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lrd import checkpoint, console
+from lrd.dropout import attached
 from lrd.job import Job
 
 
@@ -78,6 +79,10 @@ class Progress:
         self._window_start, self._window_steps, self._window_paused = now, self.steps, self._paused
         return images / max(seconds, 1e-9)
 
+    def _way(self) -> str:
+        dropout = attached(self.job.optimizer)
+        return "masked in one pass" if dropout is not None and dropout.fused_groups else "dropped elements put back"
+
     def summary(self) -> None:
         """A table of what the run did, and the command to look at it."""
         job = self.job
@@ -91,7 +96,7 @@ class Progress:
             ("data", f"{job.recipe.data.dataset}, {len(job.dataset.train):,} + {len(job.dataset.test):,} images"),
             ("ranks", f"{job.accelerator.num_processes} on {job.accelerator.device.type}"),
             ("optimizer", f"{job.recipe.optimizer.name}, {len(groups)} parameter group(s)"),
-            ("keep_prob", "1, no learning rate dropout" if dropout is None else dropout.keep_prob),
+            ("keep_prob", "1, no learning rate dropout" if dropout is None else f"{dropout.keep_prob}, {self._way()}"),
             ("steps", f"{job.step:,} in all, {self.steps:,} by this start"),
         ]
         if self.steps:

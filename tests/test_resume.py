@@ -99,16 +99,19 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(tmp_path: Path, undisturb
     assert_same_end(tmp_path / "run", undisturbed[2])
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, undisturbed: dict[int, Path], monkeypatch) -> None:
+    """And it goes on in one pass, which ends with the very bits of a run whose dropped elements were put back."""
     kill_after(tmp_path / "run", 1, 10, signal.SIGKILL)
     newest = max(checkpoint.steps(tmp_path / "run"))
     weights = checkpoint.folder(tmp_path / "run") / checkpoint.name(newest) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
+    monkeypatch.setenv("LRD_FUSED", "1")
     done = launch(train_command(1, tmp_path / "run", *STEPS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "damaged: model.safetensors: sha256" in done.stdout
+    assert "masked in one pass" in done.stdout
     assert_same_end(tmp_path / "run", undisturbed[1])
 
 
