@@ -8,6 +8,7 @@ torch's wait awake for the next parallel region.
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from lrd.cpu_kernels import ADAM, JOB, SGD, adam, sgd
 
 _CHUNK = 1 << 16  # elements that a thread claims at a time
+_parallel_in: set[int] = set()  # processes, by number: this one and those that it was forked from
 
 
 def step(tensors: NDArray[np.void]) -> None:
@@ -34,10 +36,17 @@ def step(tensors: NDArray[np.void]) -> None:
     addresses = tensors.ctypes.data, len(tensors), chunks.ctypes.data, len(chunks), claims.ctypes.data
     job = np.array((*addresses, *_square_root()), JOB)
     in_parallel, kernel = _library().get("GOMP_parallel"), _compiled(tensors.dtype)
-    if in_parallel is None:
+    threads = min(torch.get_num_threads(), 1 + int(tensors["numel"].sum()) // _CHUNK)
+    if in_parallel is None or threads < 2 or _is_orphaned():
         kernel(job.ctypes.data)
     else:
-        in_parallel(kernel, ctypes.c_void_p(job.ctypes.data), torch.get_num_threads(), 0)
+        _parallel_in.add(os.getpid())
+        in_parallel(kernel, ctypes.c_void_p(job.ctypes.data), threads, 0)
+
+
+def _is_orphaned() -> bool:
+    """Whether this process was forked from one whose OpenMP threads had worked here: it would wait for them forever."""
+    return bool(_parallel_in) and os.getpid() not in _parallel_in
 
 
 @cache
@@ -46,7 +55,7 @@ def _compiled(dtype: Any) -> Any:
     kernel = {SGD: sgd, ADAM: adam}[dtype]
     try:
         return _c_function(kernel, cache=True)
-    except RuntimeError:  # neither beside this file nor in the user's home
+    except Exception:  # neither beside this file nor in the user's home; or what is there cannot be read
         return _c_function(kernel, cache=False)
 
 
@@ -71,7 +80,7 @@ def _square_root() -> tuple[int, int]:
 
     MKL's is not correctly rounded everywhere. Left to itself it starts threads for 256 elements, in each of ours.
     """
-    values = torch.linspace(0.5, 2.0, 4096)
+    values = torch.linspace(0.5, 2.0, 4096, dtype=torch.float32, device="cpu")
     names = ("vmsSqrt_64", "MKL_Set_Num_Threads_Local")
     if torch.equal(values.sqrt(), torch.from_numpy(np.sqrt(values.numpy()))) or not _library().keys() >= {*names}:
         return 0, 0

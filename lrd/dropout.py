@@ -179,6 +179,10 @@ class LRDropout:
                 if not settings.is_zero(group.get("lr")) and fused.can_take(optimizer, group)
             }
         )
+        if self.fused_groups and not fused.are_apart(
+            [(index, param, {}) for number, index, param in self._parameters() if number in self.fused_groups]
+        ):
+            self.fused_groups = set()
         updates: list[fused.Update] = []
         for number, index, param in self._parameters():
             group = optimizer.param_groups[number]

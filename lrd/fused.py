@@ -16,12 +16,13 @@ import os
 import warnings
 from functools import cache
 from importlib import import_module
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from lrd import mask
@@ -29,6 +30,8 @@ from lrd.errors import first_line
 
 _LEAST = 1 << 18  # elements for which loading Numba, a second, is worth while on a CPU
 Update = tuple[int, Tensor, dict[str, Any]]  # the parameter's index in the optimizer, the parameter, its group
+_TINY, _HUGE = 2.0**-126, 2.0**127  # numbers that float32 makes no zero of, and no infinity
+_TYPES = (Tensor, torch.nn.Parameter)  # others' memory may not be what it seems: DTensor, for one, has none
 _STATE: dict[Any, tuple[str, ...]] = {
     torch.optim.SGD: ("momentum_buffer",),
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
@@ -53,8 +56,10 @@ def can_take(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
 def _kind(optimizer: Optimizer) -> Any:
     """torch's class whose step an optimizer takes, of those that can be taken over."""
-    step = inspect.unwrap(type(optimizer).step)
-    return next((kind for kind in _STATE if step is inspect.unwrap(kind.step)), None)
+    own: Any = type(optimizer)
+    step = inspect.unwrap(own.step)
+    kind: Any = next((kind for kind in _STATE if step is inspect.unwrap(kind.step)), None)
+    return kind if kind is not None and own._init_group is kind._init_group else None
 
 
 def _numbers(group: dict[str, Any]) -> list[Any]:
@@ -66,7 +71,9 @@ def _is_plain_on_cpu(group: dict[str, Any]) -> bool:
     """Whether the arithmetic is that of torch's for-loop; that of `fused=True` depends on the number of threads."""
     odd = any(group.get(key) for key in ("fused", "capturable", "amsgrad", "differentiable"))
     tensors = any(isinstance(number, Tensor) for number in (group["lr"], *_numbers(group)))
-    return not odd and not tensors and group.get("betas", (0.9,))[0] > 0.5  # torch's lerp has another formula below
+    if odd or tensors or np.float32(1 - group.get("betas", (0.9,))[0]) >= 0.5:  # torch's lerp has another formula then
+        return False
+    return all(number == 0 or _TINY <= abs(number) <= _HUGE for number in (group["lr"], *_numbers(group)))
 
 
 def _is_plain_on_cuda(group: dict[str, Any]) -> bool:
@@ -81,10 +88,12 @@ def _states(optimizer: Optimizer, kind: Any, param: Tensor) -> list[Tensor]:
 
 
 def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
-    """Whether all are float32 on the device in one order: row-major, on a CUDA device channels_last too."""
+    """Whether all are float32 of one shape on the device in one order: row-major, on a CUDA device channels_last too."""
     is_row_major = True
     for t in (param, *others):
-        if t.dtype is not torch.float32 or t.device != device or t.layout is not torch.strided:
+        if type(t) not in _TYPES or t.dtype is not torch.float32 or t.device != device or t.layout is not torch.strided:
+            return False
+        if t.shape != param.shape or t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0):
             return False
         is_row_major = is_row_major and t.is_contiguous()
     is_last = not is_row_major and device.type == "cuda" and param.dim() == 4 and param.numel() < 1 << 31
@@ -93,12 +102,22 @@ def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
     )
 
 
+def are_apart(updates: list[Update]) -> bool:
+    """Whether no parameter shares memory with another or with a gradient: then the order of updates matters."""
+    tensors = [tensor for _, param, _ in updates for tensor in (param, param.grad) if tensor is not None]
+    spans = sorted((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
+
+
 def take(optimizer: Optimizer, updates: list[Update]) -> None:
     """Update and mask parameters in one pass; all have gradients, and their groups can be taken."""
     kind = _kind(optimizer)
     assert kind is not None
     for device, own in groupby(updates, lambda update: update[1].device):
         _TAKES[device.type](kind, optimizer, list(own))
+    params = [param for _, param, _ in updates]
+    moved = [tensor for param in params for tensor in (param, *_states(optimizer, kind, param))]
+    increment_version([tensor for tensor in moved if not tensor.is_inference()])  # or autograd would not notice
 
 
 def _take_on_cpu(kind: Any, optimizer: Optimizer, updates: list[Update]) -> None:
@@ -187,7 +206,8 @@ def _moments(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> dict
     state: dict[str, Any] = optimizer.state[param]
     if not state:
         device = param.device if _counts_on_device(group) else "cpu"
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        is_double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+        state["step"] = torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
     return state
 
@@ -241,9 +261,10 @@ def is_trusted(kind: Any, device: torch.device) -> bool:
 
 
 def _agrees(kind: Any, device: torch.device, options: dict[str, Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     sizes = (1, 7, 16, 33, 255, 1030, 5000)
-    theirs = [torch.randn(size, generator=generator).to(device) for size in sizes]
+    plain: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    theirs = [torch.randn(size, **plain).to(device) for size in sizes]
     ours = [tensor.clone() for tensor in theirs]
     cls: Any = kind
     stock, own = (cls(tensors, fused=device.type == "cuda", **options) for tensors in (theirs, ours))
@@ -252,7 +273,7 @@ def _agrees(kind: Any, device: torch.device, options: dict[str, Any]) -> bool:
     with torch.no_grad():
         for scale in (1e-3, 1e3, 1e-12):
             for one, other in zip(ours, theirs, strict=True):
-                one.grad = (torch.randn(one.shape, generator=generator) * scale).to(device)
+                one.grad = (torch.randn(one.shape, **plain) * scale).to(device)
                 other.grad = one.grad.clone()
             stock.step()
             _TAKES[device.type](kind, own, [(i, param, group) for i, param in enumerate(ours)])

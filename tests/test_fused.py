@@ -332,3 +332,115 @@ def test_a_mask_step_on_the_device_counts_as_a_number_does():
     for one, other in zip(params_of(ours), params_of(theirs), strict=True):
         assert torch.equal(one, other)
     assert int(ours.param_groups[0]["mask_step"]) == theirs.param_groups[0]["mask_step"] == 3
+
+
+def test_autograd_notices_a_step_between_two_backward_passes():
+    param = nn.Parameter(torch.ones(300))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    dropout = LRDropout(optimizer)
+    loss = param.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    assert dropout.fused_groups == {0}
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_state_of_another_shape_is_refused_as_torch_refuses_it():
+    param = nn.Parameter(torch.ones(5000))
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+    LRDropout(optimizer)
+    optimizer.state[param]["momentum_buffer"] = torch.zeros(50)
+    param.grad = torch.ones(5000)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        optimizer.step()
+
+
+def twice():
+    param = nn.Parameter(torch.linspace(-1, 1, 300))
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = torch.optim.SGD([param, param], lr=0.1)
+    param.grad = torch.ones(300)
+    return optimizer
+
+
+def of_one_storage():
+    flat = torch.linspace(-1, 1, 300)
+    params = [nn.Parameter(flat), nn.Parameter(flat)]
+    for param in params:
+        param.grad = torch.ones(300)
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def whose_gradient_is_a_parameter():
+    param = nn.Parameter(torch.linspace(-1, 1, 300))
+    param.grad = param.data
+    return torch.optim.AdamW([param], lr=0.1)
+
+
+def of_a_negated_gradient():
+    param = nn.Parameter(torch.linspace(-1, 1, 300))
+    param.grad = torch._neg_view(torch.ones(300))
+    return torch.optim.SGD([param], lr=0.1)
+
+
+def of_a_momentum_below_float32():
+    param = nn.Parameter(torch.linspace(-1, 1, 300))
+    param.grad = torch.ones(300)
+    return torch.optim.SGD([param], lr=0.1, momentum=1e-50)
+
+
+def of_a_beta_that_float32_rounds_to_a_half():
+    param = nn.Parameter(torch.linspace(-1, 1, 300))
+    param.grad = torch.linspace(-3, 1, 300)
+    return torch.optim.Adam([param], lr=0.1, betas=(0.5 + 1e-10, 0.9))
+
+
+@pytest.mark.parametrize("build", [
+    twice, of_one_storage, whose_gradient_is_a_parameter, of_a_negated_gradient, of_a_momentum_below_float32,
+    of_a_beta_that_float32_rounds_to_a_half,
+])  # fmt: skip
+def test_tensors_and_numbers_of_an_odd_kind_are_left_to_the_optimizer(build):
+    results = []
+    for can_fuse in (True, False):
+        optimizer = build()
+        dropout = LRDropout(optimizer)
+        dropout._can_fuse = can_fuse
+        for _ in range(3):
+            optimizer.step()
+        assert dropout.fused_groups == set()
+        results.append(optimizer)
+    assert_same(*results)
+
+
+def test_a_step_count_is_of_the_default_dtype_as_torch_has_it():
+    fused.is_trusted.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        param = nn.Parameter(torch.ones(9, dtype=torch.float32))
+        optimizer = torch.optim.Adam([param])
+        dropout = LRDropout(optimizer)
+        param.grad = torch.ones(9, dtype=torch.float32)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert dropout.fused_groups == {0}
+    assert optimizer.state[param]["step"].dtype is torch.float64
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    code = (
+        "import os, torch, lrd\n"
+        "def step():\n"
+        "    params = [torch.nn.Parameter(torch.ones(20_000)) for _ in range(20)]\n"
+        "    for param in params: param.grad = torch.ones(20_000)\n"
+        "    optimizer = torch.optim.SGD(params, lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
+        "    optimizer.step(); assert dropout.fused_groups == {0}\n"
+        "torch.set_num_threads(2); step()\n"
+        "pid = os.fork()\n"
+        "if pid == 0: step(); os._exit(0)\n"
+        "import signal; signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, 9)); signal.alarm(20)\n"
+        "print(os.waitpid(pid, 0)[1])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.strip() == "0", ended.stderr
