@@ -91,9 +91,8 @@ def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
     """Whether all are float32 of one shape on the device in one order: row-major, on a CUDA device channels_last too."""
     is_row_major = True
     for t in (param, *others):
-        if type(t) not in _TYPES or t.dtype is not torch.float32 or t.device != device or t.layout is not torch.strided:
-            return False
-        if t.shape != param.shape or t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0):
+        is_float = type(t) in _TYPES and t.dtype is torch.float32 and t.layout is torch.strided and t.device == device
+        if not is_float or t.shape != param.shape or t.is_neg() or (t.data_ptr() == 0 and t.numel() > 0):
             return False
         is_row_major = is_row_major and t.is_contiguous()
     is_last = not is_row_major and device.type == "cuda" and param.dim() == 4 and param.numel() < 1 << 31
