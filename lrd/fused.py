@@ -88,7 +88,7 @@ def _states(optimizer: Optimizer, kind: Any, param: Tensor) -> list[Tensor]:
 
 
 def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
-    """Whether all are float32 of one shape on the device in one order: row-major, on a CUDA device channels_last too."""
+    """Whether all are float32 of one shape and order on the device: row-major, on CUDA channels_last too."""
     is_row_major = True
     for t in (param, *others):
         is_float = type(t) in _TYPES and t.dtype is torch.float32 and t.layout is torch.strided and t.device == device
