@@ -46,8 +46,8 @@ class LRDropout:
         ValueError: an argument out of its range, or an optimizer that has LRDropout attached already or cannot take it.
 
     Speed and memory: steps of SGD, Adam and AdamW are taken over by compiled kernels that update and mask in one pass,
-    in no memory of their own, see `lrd.fused`; `fused_groups` says for which groups' latest update that was so. Else
-    the optimizer steps and dropped elements are put back, from one copy of the parameters that are masked.
+    in no memory of their own, see `lrd.fused`; `is_fused` says whether the latest step was. Otherwise the optimizer
+    steps and dropped elements are put back, from one copy of the parameters that are masked.
     """
 
     _can_fuse = True
@@ -80,7 +80,7 @@ class LRDropout:
         self._before: dict[int, Tensor] = {}  # by the parameter's index: its values before the update; reused
         self._remembered: set[int] = set()
         self._latest: list[kept.Moved] = []
-        self.fused_groups: set[int] = set()
+        self.is_fused = False
         self._own: list[dict[str, Any]] = []
         self._gradients: list[tuple[Tensor, Tensor, Tensor | None]] = []  # parameter, its own, what it has in the step
         optimizer._lr_dropout = self  # type: ignore[attr-defined]
@@ -170,26 +170,16 @@ class LRDropout:
         self._restore_gradients()  # of a step that failed, if any
         for group in optimizer.param_groups:
             settings.check(optimizer, group)
-        self.fused_groups = (
-            set()
-            if has_closure or not self._sees_all()
-            else {
-                number
-                for number, group in enumerate(optimizer.param_groups)
-                if not settings.is_zero(group.get("lr")) and fused.can_take(optimizer, group)
-            }
-        )
-        if self.fused_groups and not fused.are_apart(
-            [(index, param, {}) for number, index, param in self._parameters() if number in self.fused_groups]
-        ):
-            self.fused_groups = set()
-        updates: list[fused.Update] = []
+        updates = [] if has_closure or not self._sees_all() else fused.updates(optimizer)
+        self.is_fused = bool(updates)
+        if updates:
+            fused.take(optimizer, updates)
+            for _, param, _ in updates:
+                self._replace_gradient(param, None)
+            return
         for number, index, param in self._parameters():
             group = optimizer.param_groups[number]
             if not has_closure and param.grad is None:
-                continue
-            if number in self.fused_groups:
-                updates.append((index, param, group))
                 continue
             if group["masks"] == "gradient" and group["keep_prob"] < 1.0:
                 self._mask_gradient(index, param, group)
@@ -199,10 +189,6 @@ class LRDropout:
                     before = self._before[index] = torch.empty_like(param)
                 before.copy_(param)
                 self._remembered.add(index)
-        if updates:
-            fused.take(optimizer, updates)
-            for _, param, _ in updates:
-                self._replace_gradient(param, None)
 
     @torch.no_grad()
     def _put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -221,7 +207,7 @@ class LRDropout:
             if settings.is_zero(group.get("lr")) and self._is_at_rest(moved):
                 continue
             self._latest.append(kept.Moved.by(number, group, moved))
-            if group["keep_prob"] < 1.0 and group["masks"] != "gradient" and number not in self.fused_groups:
+            if group["keep_prob"] < 1.0 and group["masks"] != "gradient" and not self.is_fused:
                 for index, param in moved:
                     self._mask_update(index, param, group)
             group["mask_step"] += 1

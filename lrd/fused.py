@@ -25,33 +25,49 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from lrd import mask
+from lrd import mask, settings, trial
 from lrd.errors import first_line
 
 _LEAST = 1 << 18  # elements for which loading Numba, a second, is worth while on a CPU
 Update = tuple[int, Tensor, dict[str, Any]]  # the parameter's index in the optimizer, the parameter, its group
 _TINY, _HUGE = 2.0**-126, 2.0**127  # numbers that float32 makes no zero of, and no infinity
 _TYPES = (Tensor, torch.nn.Parameter)  # others' memory may not be what it seems: DTensor, for one, has none
+_MASKED = ("update", "element")
 _STATE: dict[Any, tuple[str, ...]] = {
     torch.optim.SGD: ("momentum_buffer",),
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
 }
 
 
-def can_take(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a group's update is one that the kernels know."""
-    kind = _kind(optimizer)
-    is_masked = group["masks"] == "update" and group["mask_granularity"] == "element" and group["keep_prob"] < 1.0
+def updates(optimizer: Optimizer) -> list[Update]:
+    """The updates of the optimizer's next step, where the kernels know every one of them; otherwise none.
+
+    All or nothing: what torch refuses in one group it must refuse before another has moved.
+    """
+    found: list[Update] = []
+    first = 0
+    for group in optimizer.param_groups:
+        found += [(first + i, param, group) for i, param in enumerate(group["params"]) if param.grad is not None]
+        first += len(group["params"])
+    found = [update for update in found if update[1].numel() > 0]
+    kind, groups = _kind(optimizer), list({id(group): group for _, _, group in found}.values())
     is_scaled = getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None
-    updated = [param for param in group["params"] if param.grad is not None]
-    if kind is None or not is_masked or is_scaled or not updated:
+    if kind is None or is_scaled or all(group["keep_prob"] == 1.0 for group in groups):
+        return []
+    device = found[0][1].device
+    if device.type == "cpu" and os.environ.get("LRD_FUSED") != "1" and sum(p.numel() for _, p, _ in found) < _LEAST:
+        return []
+    dense = (_is_dense(param, [param.grad, *_states(optimizer, kind, param)], device) for _, param, _ in found)
+    can = device.type in _MODULES and all(_is_plain(group, device) for group in groups) and all(dense)
+    return found if can and _are_apart(found) and is_trusted(kind, device) else []
+
+
+def _is_plain(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether a group's mask, if it has one, and its arithmetic are of those that the kernels know."""
+    is_masked = group["keep_prob"] < 1.0
+    if settings.is_zero(group["lr"]) or (is_masked and (group["masks"], group["mask_granularity"]) != _MASKED):
         return False
-    device = updated[0].device
-    if device.type == "cpu" and os.environ.get("LRD_FUSED") != "1" and sum(p.numel() for p in updated) < _LEAST:
-        return False
-    is_plain = _is_plain_on_cpu(group) if device.type == "cpu" else _is_plain_on_cuda(group)
-    dense = (_is_dense(param, [param.grad, *_states(optimizer, kind, param)], device) for param in updated)
-    return is_plain and device.type in _MODULES and all(dense) and is_trusted(kind, device)
+    return _is_plain_on_cpu(group) if device.type == "cpu" else _is_plain_on_cuda(group)
 
 
 def _kind(optimizer: Optimizer) -> Any:
@@ -79,7 +95,9 @@ def _is_plain_on_cpu(group: dict[str, Any]) -> bool:
 def _is_plain_on_cuda(group: dict[str, Any]) -> bool:
     """Whether torch's fused step may stand for it: nobody has asked for another."""
     odd = group.get("fused") is False or any(group.get(key) for key in ("foreach", "amsgrad", "differentiable"))
-    return not odd and not any(isinstance(number, Tensor) for number in _numbers(group))
+    lr = group["lr"]
+    is_number = not isinstance(lr, Tensor) or not lr.is_cuda or (lr.dtype is torch.float32 and lr.dim() == 0)
+    return not odd and is_number and not any(isinstance(number, Tensor) for number in _numbers(group))
 
 
 def _states(optimizer: Optimizer, kind: Any, param: Tensor) -> list[Tensor]:
@@ -101,7 +119,7 @@ def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
     )
 
 
-def are_apart(updates: list[Update]) -> bool:
+def _are_apart(updates: list[Update]) -> bool:
     """Whether no parameter shares memory with another or with a gradient: then the order of updates matters."""
     tensors = [tensor for _, param, _ in updates for tensor in (param, param.grad) if tensor is not None]
     spans = sorted((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
@@ -109,7 +127,7 @@ def are_apart(updates: list[Update]) -> bool:
 
 
 def take(optimizer: Optimizer, updates: list[Update]) -> None:
-    """Update and mask parameters in one pass; all have gradients, and their groups can be taken."""
+    """Update and mask parameters in one pass: what `updates` found."""
     kind = _kind(optimizer)
     assert kind is not None
     for device, own in groupby(updates, lambda update: update[1].device):
@@ -170,7 +188,10 @@ def _take_on_cuda(kind: Any, optimizer: Optimizer, updates: list[Update]) -> Non
         params, grads, *states, indices = (list(column) for column in zip(*lists, strict=True))
         place = {"seed": group["mask_seed"], "mask_step": group["mask_step"], "rescale": _rescale(group)}
         common = {**place, "limit": mask.threshold(group["keep_prob"])}
-        common |= {key: group[key] for key in ("lr", "weight_decay", "maximize")}
+        common |= {key: group[key] for key in ("weight_decay", "maximize")}
+        common["lr"] = (
+            group["lr"].item() if isinstance(group["lr"], Tensor) and not group["lr"].is_cuda else group["lr"]
+        )
         if kind is torch.optim.SGD:
             common |= {key: group[key] for key in ("momentum", "dampening", "nesterov")}
             buffers = states[0] if group["momentum"] else []
@@ -186,7 +207,9 @@ _TAKES = {"cpu": _take_on_cpu, "cuda": _take_on_cuda}
 
 
 def _rescale(group: dict[str, Any]) -> float:
-    return mask.effective_keep_prob(group["keep_prob"]) if group["mask_rescale"] else 0.0
+    """0: none."""
+    keep_prob = group["keep_prob"]
+    return mask.effective_keep_prob(keep_prob) if group["mask_rescale"] and keep_prob < 1.0 else 0.0
 
 
 def _momentum_buffer(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
@@ -228,21 +251,6 @@ def _module(device_type: str) -> Any:
         return None
 
 
-_OPTIONS: dict[Any, list[dict[str, Any]]] = {
-    torch.optim.SGD: [
-        {"lr": 0.1},
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-        {"lr": 0.3, "momentum": 0.8, "dampening": 0.1, "maximize": True},
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-    ],
-    torch.optim.Adam: [
-        {"lr": 1e-3},
-        {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
-        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
-    ],
-}
-
-
 @cache
 def is_trusted(kind: Any, device: torch.device) -> bool:
     """Whether the kernels do on this device what torch's optimizer does: some steps of odd-sized tensors.
@@ -252,32 +260,8 @@ def is_trusted(kind: Any, device: torch.device) -> bool:
     if _module(device.type) is None:
         return False
     try:
-        return all(_agrees(kind, device, options) for options in _OPTIONS[kind])
+        return all(trial.agrees(kind, device, options, _TAKES[device.type]) for options in trial.OPTIONS[kind])
     except Exception as error:  # a compiler that does not know this device, for one
         reason = f"{type(error).__name__}: {first_line(error)}"
         warnings.warn(f"no masked step in one pass on {device} ({reason}); it goes on more slowly", stacklevel=2)
         return False
-
-
-def _agrees(kind: Any, device: torch.device, options: dict[str, Any]) -> bool:
-    generator = torch.Generator("cpu").manual_seed(0)
-    sizes = (1, 7, 16, 33, 255, 1030, 5000)
-    plain: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-    theirs = [torch.randn(size, **plain).to(device) for size in sizes]
-    ours = [tensor.clone() for tensor in theirs]
-    cls: Any = kind
-    stock, own = (cls(tensors, fused=device.type == "cuda", **options) for tensors in (theirs, ours))
-    group = own.param_groups[0]
-    group |= {"keep_prob": 1.0, "mask_rescale": False, "mask_step": 0, "mask_seed": 0}
-    with torch.no_grad():
-        for scale in (1e-3, 1e3, 1e-12):
-            for one, other in zip(ours, theirs, strict=True):
-                one.grad = (torch.randn(one.shape, **plain) * scale).to(device)
-                other.grad = one.grad.clone()
-            stock.step()
-            _TAKES[device.type](kind, own, [(i, param, group) for i, param in enumerate(ours)])
-    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True)]
-    pairs += [(own.state[one][key], stock.state[other][key]) for one, other in pairs for key in own.state.get(one, {})]
-    if device.type == "cuda":
-        return all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in pairs)
-    return all(torch.equal(one, other) for one, other in pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def _quotas() -> list[float]:
         return []
     quotas, folder = list[float](), _CGROUPS / own.lstrip("/")
     for one in (folder, *folder.parents):
-        if one.is_relative_to(_CGROUPS) and (one / "cpu.max").is_file():
+        with suppress(OSError, ValueError):  # the root has none; a container may not show its own
             quota, period = (one / "cpu.max").read_text(encoding="utf-8").split()
-            quotas += [] if quota == "max" else [int(quota) / int(period)]
+            quotas += [] if quota == "max" or not one.is_relative_to(_CGROUPS) else [int(quota) / int(period)]
     return quotas
 
 

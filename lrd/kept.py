@@ -28,6 +28,11 @@ class Moved:
         shapes = {index: kernels.real(param).shape for index, param in params}
         return cls(number, group["mask_granularity"], settings.position(group), shapes)
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """`position` with all numbers on the host."""
+        return {**self.position, "step": int(self.position["step"])}
+
     def draw_shape(self, index: int) -> tuple[int, ...]:
         return mask.draw_shape(tuple(self.shapes[index]), self.granularity)
 
@@ -38,7 +43,7 @@ def fractions(moved: list[Moved], n_groups: int) -> list[float]:
     for own in moved:
         for index, shape in own.shapes.items():
             draws = math.prod(own.draw_shape(index))
-            kept[own.group] += mask.count_kept(draws, index=index, **own.position) * (shape.numel() // draws)
+            kept[own.group] += mask.count_kept(draws, index=index, **own.place) * (shape.numel() // draws)
             total[own.group] += shape.numel()
     return [some / whole if whole else 0.0 for some, whole in zip(kept, total, strict=True)]
 
@@ -52,4 +57,4 @@ def keeps(moved: list[Moved], index: int, element: int) -> bool:
     place = np.unravel_index(element, shape) if shape else ()
     shared = tuple(0 if size == 1 else int(i) for i, size in zip(place, draws, strict=True))
     draw = int(np.ravel_multi_index(shared, draws)) if shared else 0
-    return bool(mask.draw(1, offset=draw, index=index, **own.position))
+    return bool(mask.draw(1, offset=draw, index=index, **own.place))

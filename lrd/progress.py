@@ -81,7 +81,7 @@ class Progress:
 
     def _way(self) -> str:
         dropout = attached(self.job.optimizer)
-        return "masked in one pass" if dropout is not None and dropout.fused_groups else "dropped elements put back"
+        return "masked in one pass" if dropout is not None and dropout.is_fused else "dropped elements put back"
 
     def summary(self) -> None:
         """A table of what the run did, and the command to look at it."""

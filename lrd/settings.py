@@ -18,18 +18,20 @@ def check(optimizer: Optimizer, group: dict[str, Any]) -> None:
     controls.check_group(optimizer, group, group["masks"])
     if group.get("differentiable"):
         raise ValueError("differentiable must be False: a dropped element is put back behind autograd's back")
-    if not isinstance(group["mask_step"], Tensor) and group["mask_step"] < 0:  # a tensor's value would be a sync point
-        raise ValueError(f"mask_step must not be negative, but is {group['mask_step']}")
+    step = group["mask_step"]
+    if not isinstance(step, Tensor) and not 0 <= step < 1 << 64:  # to look at a tensor's value would be a sync point
+        raise ValueError(f"mask_step must be in [0, 2**64), not {step}")
 
 
 def position(group: dict[str, Any]) -> dict[str, Any]:
     """Where the masks of a group's next update stand: arguments of `lrd.mask`, all but the parameter's index."""
-    return {"seed": group["mask_seed"], "step": int(group["mask_step"]), "keep_prob": group["keep_prob"]}
+    step = group["mask_step"].clone() if isinstance(group["mask_step"], Tensor) else group["mask_step"]
+    return {"seed": group["mask_seed"], "step": step, "keep_prob": group["keep_prob"]}
 
 
 def draw(index: int, like: Tensor, group: dict[str, Any]) -> Tensor:
     """The mask of the next update of a parameter, in a shape that broadcasts to `like` and on its device."""
-    place, granularity = position(group), group["mask_granularity"]
+    place, granularity = {**position(group), "step": int(group["mask_step"])}, group["mask_granularity"]
     return mask.keep_mask(tuple(like.shape), index=index, granularity=granularity, device=like.device, **place)
 
 

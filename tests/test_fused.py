@@ -78,7 +78,7 @@ def test_one_pass_gives_the_bits_of_a_step_and_putting_back(cls, options, dropou
     theirs, slow = make(cls, options, can_fuse=False, **dropout)
     train(ours)
     train(theirs)
-    assert (fast.fused_groups, slow.fused_groups) == ({0}, set())
+    assert (fast.is_fused, slow.is_fused) == (True, False)
     assert fast._before == {}
     assert_same(ours, theirs)
     assert fast.kept_fractions() == slow.kept_fractions()
@@ -105,7 +105,7 @@ def test_the_number_of_threads_does_not_matter(cls):
         torch.set_num_threads(threads)
         optimizer, dropout = make(cls, {"lr": 0.1}, keep_prob=0.9)
         train(optimizer)
-        assert dropout.fused_groups == {0}
+        assert dropout.is_fused
         results.append(optimizer)
     torch.set_num_threads(before)
     assert_same(*results)
@@ -125,38 +125,55 @@ def test_the_classes_of_lrd_are_taken_over_too():
     params = [nn.Parameter(torch.ones(300))]
     optimizer = masked.AdamW(params, keep_prob=0.5)
     train(optimizer)
-    assert optimizer._lr_dropout.fused_groups == {0}
+    assert optimizer._lr_dropout.is_fused
 
 
-def test_groups_go_their_own_ways():
-    """One in one pass, one stock, one that has no gradient, one whose mask is on rows."""
+def several_groups(can_fuse: bool, **fourth: Any) -> tuple[Optimizer, LRDropout]:
+    """One masked, one stock, one without gradients, one of its own."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 600).view(20, 30)) for _ in range(4)]
+    groups: list[dict[str, Any]] = [{"params": [param]} for param in params]
+    groups[1] |= {"keep_prob": 1.0}
+    groups[3] |= {"lr": 0.3, **fourth}
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    dropout = LRDropout(optimizer, keep_prob=0.5, rescale=True)
+    dropout._can_fuse = can_fuse
+    for step in range(3):
+        for i in (0, 1, 3):
+            params[i].grad = torch.full((20, 30), 0.1 * (step + 1))
+        optimizer.step()
+    return optimizer, dropout
 
-    def build(can_fuse):
-        params = [nn.Parameter(torch.linspace(-1, 1, 600).view(20, 30)) for _ in range(4)]
-        groups = [{"params": [params[i]]} for i in range(4)]
-        groups[1] |= {"keep_prob": 1.0}
-        groups[3] |= {"mask_granularity": "row", "lr": 0.3}
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-        dropout = LRDropout(optimizer, keep_prob=0.5)
-        dropout._can_fuse = can_fuse
-        for step in range(3):
-            for i in (0, 1, 3):
-                params[i].grad = torch.full((20, 30), 0.1 * (step + 1))
-            optimizer.step()
-        return optimizer, dropout
 
-    (ours, fast), (theirs, slow) = build(True), build(False)
-    assert (fast.fused_groups, slow.fused_groups) == ({0}, set())
+@pytest.mark.parametrize(
+    ("fourth", "is_fused"), [({"keep_prob": 0.9}, True), ({"mask_granularity": "row"}, False), ({"lr": 0.0}, False)]
+)
+def test_groups_are_taken_over_together_or_not_at_all(fourth, is_fused):
+    (ours, fast), (theirs, slow) = several_groups(True, **fourth), several_groups(False, **fourth)
+    assert (fast.is_fused, slow.is_fused) == (is_fused, False)
     assert_same(ours, theirs)
+    assert fast.kept_fractions() == slow.kept_fractions()
+
+
+def test_a_step_that_torch_refuses_moves_nothing():
+    params = [nn.Parameter(torch.ones(300)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "keep_prob": 1.0, "lr": 1e39}], lr=0.1)
+    LRDropout(optimizer)
+    own = [torch.ones(300) for _ in params]
+    for param, grad in zip(params, own, strict=True):
+        param.grad = grad
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert all(param.grad is grad for param, grad in zip(params, own, strict=True))
+    assert bool((params[1] == 1).all())
 
 
 def test_a_few_elements_are_not_worth_a_compiler(monkeypatch):
     monkeypatch.delenv("LRD_FUSED")
-    for count, expected in (((1 << 18) - 1, set()), (1 << 18, {0})):
+    for count, expected in (((1 << 18) - 1, False), (1 << 18, True)):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(count))], lr=0.1)
         dropout = LRDropout(optimizer)
         train(optimizer, steps=1)
-        assert dropout.fused_groups == expected
+        assert dropout.is_fused == expected
 
 
 def test_gradients_are_there_again_after_the_step():
@@ -192,7 +209,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_optimizer(name):
     cls, options, dropout = REFUSED[name]
     optimizer, attached = make(cls, options, **dropout)
     train(optimizer, steps=2)
-    assert attached.fused_groups == set()
+    assert attached.is_fused is False
 
 
 @pytest.mark.parametrize("param", [torch.ones(9, dtype=torch.float64), torch.ones(9, dtype=torch.complex64)])
@@ -201,7 +218,7 @@ def test_other_dtypes_are_left_to_the_optimizer(param):
     dropout = LRDropout(optimizer)
     optimizer.param_groups[0]["params"][0].grad = torch.ones_like(param)
     optimizer.step()
-    assert dropout.fused_groups == set()
+    assert dropout.is_fused is False
 
 
 def test_a_parameter_in_another_memory_order_is_left_to_the_optimizer():
@@ -210,7 +227,7 @@ def test_a_parameter_in_another_memory_order_is_left_to_the_optimizer():
     dropout = LRDropout(optimizer)
     param.grad = torch.ones_like(param)
     optimizer.step()
-    assert dropout.fused_groups == set()
+    assert dropout.is_fused is False
 
 
 def test_a_step_whose_subclass_is_somebody_elses_is_left_to_it():
@@ -223,22 +240,22 @@ def test_a_step_whose_subclass_is_somebody_elses_is_left_to_it():
     before = params_of(optimizer)[-1].detach().clone()
     train(optimizer, steps=1)
     difference = params_of(optimizer)[-1].detach() - before
-    assert dropout.fused_groups == set()
+    assert dropout.is_fused is False
     assert 0.4 < difference.mean().item() < 0.6
 
 
 def test_a_closure_and_other_hooks_are_left_to_the_optimizer():
     optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
     train(optimizer, steps=1)
-    assert dropout.fused_groups == {0}
+    assert dropout.is_fused
     optimizer.step(lambda: torch.zeros(()))
-    assert dropout.fused_groups == set()
+    assert dropout.is_fused is False
     handle = optimizer.register_step_pre_hook(lambda *_: None)  # after ours: it may change the gradients
     train(optimizer, steps=1)
-    assert dropout.fused_groups == set()
+    assert dropout.is_fused is False
     handle.remove()
     train(optimizer, steps=1)
-    assert dropout.fused_groups == {0}
+    assert dropout.is_fused
 
 
 def test_a_hook_that_changes_gradients_before_ours_is_obeyed():
@@ -254,7 +271,7 @@ def test_a_hook_that_changes_gradients_before_ours_is_obeyed():
         dropout._can_fuse = can_fuse
         param.grad = torch.ones(500)
         optimizer.step()
-        assert dropout.fused_groups == ({0} if can_fuse else set())
+        assert dropout.is_fused == can_fuse
         results.append(param)
     assert torch.equal(*results)
     assert set(results[0].tolist()) == {0.0, -2.0}
@@ -279,7 +296,7 @@ def test_a_compiler_that_fails_is_said_once_and_training_goes_on(monkeypatch):
     with pytest.warns(UserWarning, match="LLVM does not know this processor") as said:
         train(optimizer)
     fused.is_trusted.cache_clear()
-    assert (len(said), dropout.fused_groups) == (1, set())
+    assert (len(said), dropout.is_fused) == (1, False)
     monkeypatch.undo()
     theirs, _ = make(torch.optim.SGD, {"lr": 0.1})
     train(theirs)
@@ -293,10 +310,10 @@ def test_where_nothing_can_be_kept_on_disk_it_compiles_all_the_same(tmp_path):
         "caching.CacheImpl._locator_classes = []\n"
         "param = torch.nn.Parameter(torch.ones(300)); param.grad = torch.ones(300)\n"
         "optimizer = torch.optim.SGD([param], lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
-        "optimizer.step(); print(dropout.fused_groups)"
+        "optimizer.step(); print(dropout.is_fused)"
     )
     ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
-    assert (ended.stdout.strip(), ended.returncode) == ("{0}", 0), ended.stderr
+    assert (ended.stdout.strip(), ended.returncode) == ("True", 0), ended.stderr
 
 
 @pytest.mark.parametrize("how", ["switched off", "no Numba"])
@@ -307,7 +324,7 @@ def test_without_a_compiler_the_bits_are_the_same(how):
         "param = torch.nn.Parameter(torch.linspace(-1, 1, 3000)); param.grad = torch.full((3000,), 0.1)\n"
         "optimizer = torch.optim.AdamW([param], lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
         "for _ in range(3): optimizer.step()\n"
-        "print(dropout.fused_groups, hashlib.sha256(param.detach().numpy().tobytes()).hexdigest())"
+        "print(dropout.is_fused, hashlib.sha256(param.detach().numpy().tobytes()).hexdigest())"
     )
     environment = os.environ | {"LRD_FUSED": "0" if how == "switched off" else "1"}
     ended = subprocess.run(
@@ -319,8 +336,8 @@ def test_without_a_compiler_the_bits_are_the_same(how):
     dropout = LRDropout(optimizer)
     for _ in range(3):
         optimizer.step()
-    assert dropout.fused_groups == {0}
-    assert ended.stdout.strip() == f"set() {hashlib.sha256(param.detach().numpy().tobytes()).hexdigest()}"
+    assert dropout.is_fused
+    assert ended.stdout.strip() == f"False {hashlib.sha256(param.detach().numpy().tobytes()).hexdigest()}"
 
 
 def test_a_mask_step_on_the_device_counts_as_a_number_does():
@@ -341,7 +358,7 @@ def test_autograd_notices_a_step_between_two_backward_passes():
     loss = param.square().sum()
     loss.backward(retain_graph=True)
     optimizer.step()
-    assert dropout.fused_groups == {0}
+    assert dropout.is_fused
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -408,7 +425,7 @@ def test_tensors_and_numbers_of_an_odd_kind_are_left_to_the_optimizer(build):
         dropout._can_fuse = can_fuse
         for _ in range(3):
             optimizer.step()
-        assert dropout.fused_groups == set()
+        assert dropout.is_fused is False
         results.append(optimizer)
     assert_same(*results)
 
@@ -424,7 +441,7 @@ def test_a_step_count_is_of_the_default_dtype_as_torch_has_it():
         optimizer.step()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert dropout.fused_groups == {0}
+    assert dropout.is_fused
     assert optimizer.state[param]["step"].dtype is torch.float64
 
 
@@ -435,7 +452,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads():
         "    params = [torch.nn.Parameter(torch.ones(20_000)) for _ in range(20)]\n"
         "    for param in params: param.grad = torch.ones(20_000)\n"
         "    optimizer = torch.optim.SGD(params, lr=0.1); dropout = lrd.LRDropout(optimizer)\n"
-        "    optimizer.step(); assert dropout.fused_groups == {0}\n"
+        "    optimizer.step(); assert dropout.is_fused\n"
         "torch.set_num_threads(2); step()\n"
         "pid = os.fork()\n"
         "if pid == 0: step(); os._exit(0)\n"

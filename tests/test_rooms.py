@@ -20,6 +20,7 @@ FLOORS = {
         "kernels",
         "kept",
         "fused",
+        "trial",
         "cpu_kernels",
         "cpu_step",
         "cuda_kernels",
