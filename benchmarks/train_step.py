@@ -57,7 +57,7 @@ class Bench:
             network = ResNet().to(device)
             if key[0]:
                 network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4, fused=True)
+            optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
             lrd.LRDropout(optimizer, keep_prob=0.5)
             if key[1]:
                 network.compile()
