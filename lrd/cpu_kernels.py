@@ -149,6 +149,14 @@ def _draw(block, index, step, seed, limit, words):
     words[6], words[7] = uint32(kept_3), uint32(kept_3 >> uint64(32))
 
 
+@njit(inline="always")
+def _word(words, element, index, step, seed, limit):
+    """The keep bits of 32 elements from `element` on, whose turn it is: a block is drawn at its first."""
+    if element % _BLOCK == 0:
+        _draw(uint64(element // _BLOCK), index, step, seed, limit, words)
+    return words[(element // 32) % 8]
+
+
 @njit(inline="always", error_model="numpy")
 def _masked(word, lane, new, old, rescale):
     if rescale != 0:
@@ -192,9 +200,7 @@ def sgd(job):
         minus_lr, momentum, undamped, weight_decay = own.minus_lr, own.momentum, own.undamped, own.weight_decay
         index, step, seed, limit, rescale = own.index, own.step, own.seed, own.limit, own.rescale
         for done in range(0, count, 32):
-            if done % _BLOCK == 0:
-                _draw(uint64((start + done) // _BLOCK), index, step, seed, limit, words)
-            word = words[(done // 32) % 8]
+            word = _word(words, start + done, index, step, seed, limit)
             for lane in range(min(32, count - done)):
                 i = np.uintp(done + lane)
                 old, g = param[i], grad[i]
@@ -241,9 +247,7 @@ def adam(job):
                 for position in range(count):
                     roots[position] = np.sqrt(roots[position])
             for done in range(0, count, 32):
-                if done % _BLOCK == 0:
-                    _draw(uint64((start + done) // _BLOCK), index, step, seed, limit, words)
-                word = words[(done // 32) % 8]
+                word = _word(words, start + done, index, step, seed, limit)
                 for lane in range(min(32, count - done)):
                     i = np.uintp(done + lane)
                     old = param[i]

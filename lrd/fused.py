@@ -129,9 +129,7 @@ def _are_apart(updates: list[Update]) -> bool:
 def take(optimizer: Optimizer, updates: list[Update]) -> None:
     """Update and mask parameters in one pass: what `updates` found."""
     kind = _kind(optimizer)
-    assert kind is not None
-    for device, own in groupby(updates, lambda update: update[1].device):
-        _TAKES[device.type](kind, optimizer, list(own))
+    _TAKES[updates[0][1].device.type](kind, optimizer, updates)
     params = [param for _, param, _ in updates]
     moved = [tensor for param in params for tensor in (param, *_states(optimizer, kind, param))]
     increment_version([tensor for tensor in moved if not tensor.is_inference()])  # or autograd would not notice
