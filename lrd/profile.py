@@ -23,8 +23,11 @@ def profiled(job: Job) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     path = Path(job.recipe.run_dir) / "profile" / f"rank{rank}.json.gz"
+    began = job.step
 
     def write(profile: profiler.profile) -> None:
+        if job.step - began <= WARM_UP:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(path))
@@ -36,3 +39,5 @@ def profiled(job: Job) -> Iterator[Callable[[], None]]:
     schedule = profiler.schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)
     with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
         yield profile.step
+    if job.step - began <= WARM_UP:
+        console.say(f"trainer.profile: no trace: {job.step - began} step(s), and the first {WARM_UP} are not recorded")

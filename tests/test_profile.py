@@ -43,6 +43,13 @@ def test_a_run_that_ends_among_them_writes_those_it_has(tmp_path: Path) -> None:
     assert sum(name.startswith("Optimizer.step#SGD") for name in events(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("steps", [1, profile.WARM_UP])
+def test_a_run_too_short_for_a_trace_says_so(tmp_path: Path, capfd, steps: int) -> None:
+    train(tmp_path, tmp_path / "run", "trainer.profile=2", f"trainer.max_steps={steps}")
+    assert f"no trace: {steps} step(s), and the first {profile.WARM_UP} are not recorded" in capfd.readouterr().out
+    assert not (tmp_path / "run" / "profile").exists()
+
+
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile").write_text("in the way")
