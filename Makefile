@@ -1,16 +1,27 @@
-# Each target is a line that you could type yourself. `make demo` and `make test` need nothing but Python 3.11 or newer.
+# Each target is a line that you could type yourself. They need nothing but Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all faults lint format bench clean
+.PHONY: demo test test-fast test-all faults lint format docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m lrd.train recipes/digits_resnet34_sgd_lrd.yaml run_dir=runs/demo
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+# The inner loop: no launchers, no training, no compilers. Under a minute on two cores.
+FAST_TESTS := tests/recipe tests/data tests/tracking tests/distributed/test_communication.py \
+	tests/distributed/test_network.py tests/distributed/test_replica_check.py \
+	tests/checkpoint/test_store.py tests/checkpoint/test_async_writer.py \
+	tests/job/test_models.py tests/job/test_schedules.py tests/job/test_optimizers.py \
+	tests/optim/test_mask.py tests/optim/test_dropout.py tests/optim/test_magma.py \
+	tests/optim/test_classes.py tests/optim/test_references.py tests/docs
+
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(FAST_TESTS)
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest
@@ -27,14 +38,17 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/masked_step.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache docs/_build
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lrd needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev,docs]"
 	touch $@

@@ -20,16 +20,20 @@ from lrd import console
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
+RESNET34_PARAMETERS = 21_282_122  # with ten classes
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """Commit, machine and versions: what a figure is worth nothing without."""
+    """Return commit, machine and versions, without which a figure is worth nothing.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
         "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else models[0] if models else platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -39,16 +43,26 @@ def circumstances(device: str) -> dict[str, Any]:
     }
 
 
+def _cpu_name() -> str:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = re.findall(r"model name\s*: (.*)", text)
+    return names[0] if names else platform.machine()
+
+
 def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def spread(values: dict[str, float], digits: int = 2) -> str:
-    """A summary for a table's cell."""
-    return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
+def spread(values: dict[str, float], number_format: str = ".2f") -> str:
+    """Format a summary for a cell of a table."""
+    median = format(values["median"], number_format)
+    smallest = format(values["min"], number_format)
+    largest = format(values["max"], number_format)
+    return f"{median} ({smallest} to {largest})"
 
 
 def write(out: Path, facts: dict[str, Any]) -> None:
+    """Write the file of results."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    console.say(f"written: {out}")
+    console.info(f"written: {out}")

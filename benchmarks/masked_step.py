@@ -1,9 +1,10 @@
-"""What does the mask cost? One step on ResNet-34's 110 tensors: torch's own, LRDropout's two ways, and the public way.
+"""What does the mask cost, in one optimizer step on ResNet-34's 110 tensors?
 
     python benchmarks/masked_step.py [--rounds 20] [--out benchmarks/results/masked_step.json]
 
-All ways step in turn in one process; a ratio is to the fastest stock step of the same round. The limit is the memory:
-the bytes that a step must read and write, at the speed of a copy in the same run.
+Compared are torch's own steps, the two ways of LRDropout, and the way of public code. All ways step
+in turn in one process; a ratio is to the fastest stock step of the same round. The limit is the
+memory: the bytes that a step must read and write, at the speed of a copy in the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 
 import lrd
 from lrd import console
-from lrd.models import ResNet
+from lrd.job.models import ResNet
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4},
@@ -32,11 +33,22 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 PASSES = {"SGD": 5, "AdamW": 7}  # over the parameters: reads and writes of a step
 KEEP_PROBS = (0.5, 0.75, 0.9)
-STOCK = {"stock, for-loop": {"foreach": False}, "stock, foreach": {"foreach": True}, "stock, fused": {"fused": True}}
-COMPILE = "import torch, lrd; from lrd import fused; fused.is_trusted(torch.optim.{}, torch.device('cpu'))"
+STOCK = {
+    "stock, for-loop": {"foreach": False},
+    "stock, foreach": {"foreach": True},
+    "stock, fused": {"fused": True},
+}
+
+# Programs of a fresh process.
+COMPILE = (
+    "import torch; from lrd.optim.fused import dispatch; "
+    "dispatch.matches_torch(torch.optim.{}, torch.device('cpu'))"
+)
+USE_EMPTY_CACHE = "import numba; numba.config.CACHE_DIR = __import__('tempfile').mkdtemp(); "
 
 
-def parameters(device: str) -> list[nn.Parameter]:
+def make_parameters(device: str) -> list[nn.Parameter]:
+    """Make the parameters of a ResNet-34, with gradients."""
     params = list(ResNet().to(device).parameters())
     for param in params:
         param.grad = torch.full_like(param, 1e-3)
@@ -44,7 +56,10 @@ def parameters(device: str) -> list[nn.Parameter]:
 
 
 class PublicSGD(torch.optim.Optimizer):
-    """Learning rate dropout as public code does it: tensor by tensor, a Bernoulli draw of floats from the generator."""
+    """Learning rate dropout as in public code.
+
+    It goes tensor by tensor, and draws a Bernoulli mask of floats from the running generator.
+    """
 
     def __init__(self, params: list[nn.Parameter], keep_prob: float, **options: float) -> None:
         super().__init__(params, options)
@@ -61,23 +76,32 @@ class PublicSGD(torch.optim.Optimizer):
                 param.add_(buffer * kept, alpha=-group["lr"])
 
 
-def ways(name: str, keep_prob: float, device: str) -> dict[str, Callable[[], Any]]:
-    """Each way's step. The same optimizer, but `masked, generic` keeps the compiled kernels out of it."""
-    cls, options = getattr(torch.optim, name), OPTIMIZERS[name]
-    steps = {way: cls(parameters(device), **options, **how).step for way, how in STOCK.items()}
-    for way, can_fuse, how in (("masked, one pass", True, {}), ("masked, generic", False, {"fused": True})):
-        optimizer = cls(parameters(device), **options, **how)
+def make_ways(name: str, keep_prob: float, device: str) -> dict[str, Callable[[], Any]]:
+    """Make the step of each way of one optimizer."""
+    cls = getattr(torch.optim, name)
+    options = OPTIMIZERS[name]
+
+    def make_masked_step(can_fuse: bool, **more_options: Any) -> Callable[[], Any]:
+        optimizer = cls(make_parameters(device), **options, **more_options)
         dropout = lrd.LRDropout(optimizer, keep_prob=keep_prob)
-        dropout._can_fuse = can_fuse
+        dropout._can_fuse = can_fuse  # whether it may use the compiled kernels
         optimizer.step()
         assert dropout.is_fused == can_fuse
-        steps[way] = optimizer.step
+        return optimizer.step
+
+    ways = {}
+    for way, stock_options in STOCK.items():
+        ways[way] = cls(make_parameters(device), **options, **stock_options).step
+    ways["masked, one pass"] = make_masked_step(can_fuse=True)
+    ways["masked, generic"] = make_masked_step(can_fuse=False, fused=True)
     if name == "SGD":
-        steps["masked, public code's way"] = PublicSGD(parameters(device), keep_prob, **options).step
-    return steps
+        public_optimizer = PublicSGD(make_parameters(device), keep_prob, **options)
+        ways["masked, public code's way"] = public_optimizer.step
+    return ways
 
 
-def milliseconds(step: Callable[[], Any], device: str) -> float:
+def measure_ms(step: Callable[[], Any], device: str) -> float:
+    """Measure a step, in milliseconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -88,46 +112,59 @@ def milliseconds(step: Callable[[], Any], device: str) -> float:
 
 
 def compare(name: str, keep_prob: float, rounds: int, device: str) -> list[dict[str, Any]]:
-    steps = ways(name, keep_prob, device)
-    steps["copy"] = copy_of(parameters(device), PASSES[name])
+    """Compare all ways of one optimizer. Returns a row for each."""
+    ways = make_ways(name, keep_prob, device)
+    ways["copy"] = make_copy(make_parameters(device), PASSES[name])
     for _ in range(3):
-        [step() for step in steps.values()]
+        for step in ways.values():
+            step()
+
     turns: list[dict[str, float]] = []
     for number in track(range(rounds), f"{name} {keep_prob}", transient=True):
-        order = list(steps.items()) if number % 2 == 0 else list(steps.items())[::-1]
-        turns.append({way: milliseconds(step, device) for way, step in order})
-    medians = {way: statistics.median(turn[way] for turn in turns) for way in steps}
-    fastest = min(STOCK, key=medians.__getitem__)
+        order = list(ways) if number % 2 == 0 else list(ways)[::-1]
+        turns.append({way: measure_ms(ways[way], device) for way in order})
+
+    medians = {way: statistics.median(turn[way] for turn in turns) for way in ways}
+    fastest_stock = min(STOCK, key=lambda way: medians[way])
     return [
         {
             "optimizer": name,
             "keep_prob": keep_prob,
             "way": way,
             "milliseconds": summary([turn[way] for turn in turns]),
-            "ratio": summary([turn[way] / turn[fastest] for turn in turns]),
+            "ratio": summary([turn[way] / turn[fastest_stock] for turn in turns]),
             "share_of_memory_limit": medians["copy"] / medians[way],
-            "fastest_stock": fastest,
+            "fastest_stock": fastest_stock,
             "n": rounds,
         }
-        for way in steps
+        for way in ways
     ]
 
 
-def copy_of(params: list[nn.Parameter], passes: int) -> Callable[[], Any]:
-    """A copy of as many bytes as a step reads and writes in `passes` passes over the parameters."""
+def make_copy(params: list[nn.Parameter], passes: int) -> Callable[[], Any]:
+    """Make a copy of as many bytes as a step moves.
+
+    Args:
+        passes: over the parameters, each a read or a write.
+    """
     numel = sum(param.numel() for param in params) * passes // 2
-    source, target = (torch.ones(numel, device=params[0].device) for _ in range(2))
+    source = torch.ones(numel, device=params[0].device)
+    target = torch.ones(numel, device=params[0].device)
     return lambda: target.copy_(source)
 
 
-def compilation(name: str) -> dict[str, float]:
-    """Seconds in a fresh process, imports included: nothing compiled yet, and found on disk."""
+def measure_compilation(name: str) -> dict[str, float]:
+    """Measure the seconds of a fresh process that compiles the kernels, imports included.
+
+    Returns:
+        The seconds with nothing compiled yet (`first`), and with the kernels on disk (`later`).
+    """
     kind = "Adam" if name == "AdamW" else name
+    program = COMPILE.format(kind)
     seconds = {}
-    for what in ("first", "later"):
+    for what, code in (("first", USE_EMPTY_CACHE + program), ("later", program)):
         start = time.perf_counter()
-        forget = "import numba; numba.config.CACHE_DIR = __import__('tempfile').mkdtemp(); " if what == "first" else ""
-        subprocess.run([sys.executable, "-c", forget + COMPILE.format(kind)], check=True)
+        subprocess.run([sys.executable, "-c", code], check=True)
         seconds[what] = time.perf_counter() - start
     return seconds
 
@@ -137,22 +174,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS / "masked_step.json")
     arguments = parser.parse_args()
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = circumstances(device)
-    cases = [(name, keep_prob) for name in OPTIMIZERS for keep_prob in KEEP_PROBS]
-    rows = [row for name, keep_prob in cases for row in compare(name, keep_prob, arguments.rounds, device)]
-    console.table(
-        f"one step on ResNet-34's tensors, {where['device']}, {where['threads']} threads, median of {arguments.rounds}",
-        ["optimizer", "keep_prob", "way", "ms", "ratio to the fastest stock step", "of the memory's limit"],
+    facts = circumstances(device)
+    rows = []
+    for name in OPTIMIZERS:
+        for keep_prob in KEEP_PROBS:
+            rows += compare(name, keep_prob, arguments.rounds, device)
+
+    columns = [
+        "optimizer",
+        "keep_prob",
+        "way",
+        "ms",
+        "ratio to the fastest stock step",
+        "of the memory's limit",
+    ]
+    cells = [
         [
-            [row["optimizer"], row["keep_prob"], row["way"], f"{row['milliseconds']['median']:.1f}",
-             spread(row["ratio"]), f"{row['share_of_memory_limit']:.0%}"]
-            for row in rows
-        ],
-    )  # fmt: skip
-    seconds = {name: compilation(name) for name in OPTIMIZERS} if device == "cpu" else "not measured"
-    console.say(f"seconds from nothing to compiled and compared, imports included: {seconds}")
-    write(arguments.out, {**where, "rows": rows, "compilation_seconds": seconds})
+            row["optimizer"],
+            row["keep_prob"],
+            row["way"],
+            f"{row['milliseconds']['median']:.1f}",
+            spread(row["ratio"]),
+            f"{row['share_of_memory_limit']:.0%}",
+        ]
+        for row in rows
+    ]
+    title = (
+        f"one step on ResNet-34's tensors, {facts['device']}, {facts['threads']} threads, "
+        f"median of {arguments.rounds}"
+    )
+    console.table(title, columns, cells)
+
+    seconds: dict[str, dict[str, float]] | str = "not measured"
+    if device == "cpu":
+        seconds = {name: measure_compilation(name) for name in OPTIMIZERS}
+    console.info(f"seconds from nothing to compiled and compared, imports included: {seconds}")
+    write(arguments.out, {**facts, "rows": rows, "compilation_seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""What do ranks and hosts cost? One rank, two on a host, two hosts, over links of several speeds; bytes on the wire.
+"""What do ranks, hosts and links cost, in seconds a step and in bytes on the wire?
 
     sudo .venv/bin/python benchmarks/ranks.py
     .venv/bin/python benchmarks/ranks.py --local --out benchmarks/results/ranks_one_host.json
 
-Full ResNet-34, one thread a rank, so that efficiency is (images/s of two ranks) / (2 x images/s of one): 64 digits of
-8x8 a rank and step, or 32 images of 32x32. Hosts are network namespaces of this machine (tests/network.py): root only;
---local leaves them out. The ways take turns. A step's time is the median between its records in TensorBoard.
+Compared are one rank, two ranks on a host, and two hosts over links of several speeds. Each rank
+trains the full ResNet-34 on one thread, with 64 digits of 8x8 a step or 32 images of 32x32. So
+efficiency is (images/s of two ranks) / (2 x images/s of one rank).
+
+Hosts are network namespaces of this machine (tests/helpers/namespaces.py) and need root; --local
+leaves them out. The ways take turns. The time of a step is the median of the times between its
+records in TensorBoard.
 """
 
 from __future__ import annotations
@@ -19,35 +23,53 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write
+from common import (
+    RECIPE,
+    RESNET34_PARAMETERS,
+    RESULTS,
+    ROOT,
+    circumstances,
+    spread,
+    summary,
+    write,
+)
 from rich.progress import track
 
 from lrd import console
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from launching import EventAccumulator, command, launch
-from network import hosts, launcher
+from tests.helpers.launching import command, launch
+from tests.helpers.namespaces import hosts, launcher
+from tests.helpers.tensorboard_events import load_events
 
-IMAGES = {8: 64, 32: 32}  # a rank and step, by their size
-GRADIENTS = 4 * 21_282_122  # bytes
-FIRST = 3  # steps that warm up
+IMAGES = {8: 64, 32: 32}  # image size in pixels a side -> images a rank and step
+GRADIENT_BYTES = 4 * RESNET34_PARAMETERS
+WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """`hosts` 0: no network; `megabits` 0: what the machine gives."""
+    """A number of hosts and ranks, and the link between them.
+
+    Attributes:
+        hosts: how many; 0: there is no network.
+        ranks: on each host.
+        megabits: Mbit/s of each host's link; 0: what the machine gives.
+        compression: of the gradients.
+        size: of the images, in pixels a side.
+    """
 
     name: str
     hosts: int
-    ranks: int  # on each host
+    ranks: int
     megabits: int = 0
     compression: str = "none"
-    size: int = 8  # of the images
+    size: int = 8
 
     @property
-    def alone(self) -> str:
-        """The way with one rank that it is compared with."""
+    def single_rank_name(self) -> str:
+        """The way with one rank with which it is compared."""
         return "1 rank" if self.size == 8 else "1 rank, 32x32"
 
     @property
@@ -56,59 +78,77 @@ class Way:
 
 
 WAYS = [
-    Way("1 rank", 0, 1),
-    Way("2 ranks, one host", 0, 2),
-    Way("1 rank, 32x32", 0, 1, size=32),
-    Way("2 ranks, one host, 32x32", 0, 2, size=32),
-    Way("2 hosts", 2, 1),
-    Way("2 hosts, bf16", 2, 1, 0, "bf16"),
-    Way("2 hosts, 1 Gbit/s", 2, 1, 1000),
-    Way("2 hosts, 1 Gbit/s, bf16", 2, 1, 1000, "bf16"),
-    Way("2 hosts, 250 Mbit/s", 2, 1, 250),
-    Way("2 hosts, 250 Mbit/s, bf16", 2, 1, 250, "bf16"),
+    Way("1 rank", hosts=0, ranks=1),
+    Way("2 ranks, one host", hosts=0, ranks=2),
+    Way("1 rank, 32x32", hosts=0, ranks=1, size=32),
+    Way("2 ranks, one host, 32x32", hosts=0, ranks=2, size=32),
+    Way("2 hosts", hosts=2, ranks=1),
+    Way("2 hosts, bf16", hosts=2, ranks=1, compression="bf16"),
+    Way("2 hosts, 1 Gbit/s", hosts=2, ranks=1, megabits=1000),
+    Way("2 hosts, 1 Gbit/s, bf16", hosts=2, ranks=1, megabits=1000, compression="bf16"),
+    Way("2 hosts, 250 Mbit/s", hosts=2, ranks=1, megabits=250),
+    Way("2 hosts, 250 Mbit/s, bf16", hosts=2, ranks=1, megabits=250, compression="bf16"),
 ]
 
 
-def measure(way: Way, steps: int) -> dict[str, float]:
-    """Seconds a step, and the bytes that the main host sent in all."""
+def make_target(way: Way, steps: int) -> list[str]:
+    """Build what each rank of a way runs."""
     target = [
         "-m",
         "lrd.train",
         RECIPE,
         f"data.batch_size={IMAGES[way.size] * way.world_size}",
         f"trainer.max_steps={steps}",
+        "trainer.epochs=1000",
+        "checkpoint.every_steps=0",
+        "trainer.fingerprint_every=0",
+        "schedule.name=constant",
+        f"trainer.gradient_compression={way.compression}",
+        "run_dir=run",
     ]
-    target += ["trainer.epochs=1000", "checkpoint.every_steps=0", "trainer.fingerprint_every=0", "run_dir=run"]
     if way.size != 8:
         target += ["data.dataset=synthetic", f"data.image_size={way.size}"]
-    target += ["schedule.name=constant", f"trainer.gradient_compression={way.compression}"]
+    return target
+
+
+def measure(way: Way, steps: int) -> dict[str, float]:
+    """Train, and return the seconds a step and the bytes that the main host sent in all."""
+    target = make_target(way, steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not way.hosts:
             done = launch(command(way.ranks, [*target, f"run_dir={folder / 'run'}"]))
             assert done.returncode == 0, done.stdout + done.stderr
-            return {"seconds": step_seconds(folder / "run"), "sent": 0}
-        with hosts(way.hosts, folder) as own:
-            for host in own if way.megabits else []:
-                host.limit(way.megabits)
-            started = [host.start(launcher(own, host, way.ranks, target, "--rdzv_backend", "lrd")) for host in own]
-            for process in started:
+            return {"seconds": median_step_seconds(folder / "run"), "sent": 0}
+
+        with hosts(way.hosts, folder) as all_hosts:
+            if way.megabits:
+                for host in all_hosts:
+                    host.limit(way.megabits)
+            processes = [
+                host.start(launcher(all_hosts, host, way.ranks, target, "--rdzv_backend", "lrd"))
+                for host in all_hosts
+            ]
+            for process in processes:
                 output = process.communicate(timeout=600)[0]
                 assert process.returncode == 0, output
-            return {"seconds": step_seconds(own[0].folder / "run"), "sent": own[0].sent_bytes()}
+
+            main_host = all_hosts[0]
+            seconds = median_step_seconds(main_host.folder / "run")
+            return {"seconds": seconds, "sent": main_host.sent_bytes()}
 
 
-def step_seconds(run_dir: Path) -> float:
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    times = [record.wall_time for record in events.Scalars("train/loss")][FIRST:]
+def median_step_seconds(run_dir: Path) -> float:
+    records = load_events(run_dir).Scalars("train/loss")
+    times = [record.wall_time for record in records][WARM_UP_STEPS:]
     return statistics.median(later - earlier for earlier, later in pairwise(times))
 
 
-def sent_a_step(way: Way) -> float:
-    """Bytes, all headers included, from two runs of different length."""
-    few, many = measure(way, FIRST + 2)["sent"], measure(way, FIRST + 8)["sent"]
-    return (many - few) / 6
+def measure_bytes_a_step(way: Way) -> float:
+    """Measure what a host sends a step, all headers included, by two runs of different length."""
+    short = measure(way, WARM_UP_STEPS + 2)["sent"]
+    long = measure(way, WARM_UP_STEPS + 8)["sent"]
+    return (long - short) / 6
 
 
 def main() -> None:
@@ -118,33 +158,57 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "ranks.json")
     parser.add_argument("--local", action="store_true", help="one host only: needs no root")
     arguments = parser.parse_args()
-    all_ways = [way for way in WAYS if not (arguments.local and way.hosts)]
-    counted = [way for way in all_ways if way.hosts and not way.megabits]
-    bytes_a_step = {way.name: sent_a_step(way) for way in track(counted, "bytes on the wire")}
+
+    ways = [way for way in WAYS if not (arguments.local and way.hosts)]
+    ways_on_a_wire = [way for way in ways if way.hosts and not way.megabits]
+    bytes_a_step = {
+        way.name: measure_bytes_a_step(way) for way in track(ways_on_a_wire, "bytes on the wire")
+    }
+
     rounds: list[dict[str, float]] = []
     for number in range(arguments.rounds):
-        ways = all_ways if number % 2 == 0 else all_ways[::-1]
-        rounds.append(
-            {way.name: measure(way, arguments.steps)["seconds"] for way in track(ways, f"round {number + 1}")}
-        )
+        order = ways if number % 2 == 0 else ways[::-1]
+        seconds = {}
+        for way in track(order, f"round {number + 1}"):
+            seconds[way.name] = measure(way, arguments.steps)["seconds"]
+        rounds.append(seconds)
+
+    report(ways, rounds, bytes_a_step, arguments.out)
+
+
+def report(
+    ways: list[Way], rounds: list[dict[str, float]], bytes_a_step: dict[str, float], out: Path
+) -> None:
+    seconds = {way.name: summary([times[way.name] for times in rounds]) for way in ways}
+    efficiency = {
+        way.name: summary([times[way.single_rank_name] / times[way.name] for times in rounds])
+        for way in ways
+    }
     facts: dict[str, Any] = {
         **circumstances("cpu"),
-        "what": "seconds a step of ResNet-34, 64 digits or 32 images of 32x32 a rank, one thread a rank; weak scaling",
-        "gradient_bytes": GRADIENTS,
+        "what": "seconds a step of ResNet-34, 64 digits or 32 images of 32x32 a rank, "
+        "one thread a rank; weak scaling",
+        "gradient_bytes": GRADIENT_BYTES,
         "sent_bytes_a_step": bytes_a_step,
         "rounds": rounds,
-        "seconds": {way.name: summary([one[way.name] for one in rounds]) for way in all_ways},
-        "efficiency": {way.name: summary([one[way.alone] / one[way.name] for one in rounds]) for way in all_ways},
+        "seconds": seconds,
+        "efficiency": efficiency,
     }
-    write(arguments.out, facts)
+    write(out, facts)
+
     rows = []
-    for way in all_ways:
-        seconds, efficiency = facts["seconds"][way.name], facts["efficiency"][way.name]
-        speed = IMAGES[way.size] * way.world_size / seconds["median"]
-        rows.append([way.name, f"{seconds['median']:.3f}", f"{speed:.0f}", spread(efficiency)])
+    for way in ways:
+        median = seconds[way.name]["median"]
+        images_per_second = IMAGES[way.size] * way.world_size / median
+        cells = [f"{median:.3f}", f"{images_per_second:.0f}", spread(efficiency[way.name])]
+        rows.append([way.name, *cells])
     console.table("", ["", "seconds a step", "images/s", "efficiency, median (min to max)"], rows)
+
     for name, sent in bytes_a_step.items():
-        console.say(f"{name}: {sent / 1e6:.1f} MB sent a step by a host, {sent / GRADIENTS:.3f} of the gradients' size")
+        console.info(
+            f"{name}: {sent / 1e6:.1f} MB sent a step by a host, "
+            f"{sent / GRADIENT_BYTES:.3f} of the gradients' size"
+        )
 
 
 if __name__ == "__main__":

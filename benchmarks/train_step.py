@@ -1,17 +1,18 @@
-"""How fast is a training step of ResNet-34 at 32x32, in what precision and layout, and what bounds it?
+"""How fast is a training step of ResNet-34 at 32x32, by precision and layout, and what bounds it?
 
     python benchmarks/train_step.py [--batches 32 128] [--rounds 5] [--compile] [--threads N]
 
-A step is forward, backward and the masked SGD step. The ways take turns in one process, since machines are noisy; the
-ratios are medians round by round. What bounds it: the FLOPs of convolutions and last layer, counted by torch's flop
-counter over forward and backward, by the time of these two, as a share of what `torch.mm` of two square matrices
-reaches in the same rounds and precision.
+A step is forward, backward and the masked SGD step. The ways take turns in one process, since
+machines are noisy; the ratios are medians round by round.
+
+What bounds it: torch's flop counter counts the FLOPs of convolutions and last layer over forward
+and backward. Divided by the time of these two they are a share of what `torch.mm` of two square
+matrices reaches in the same rounds and precision.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import circumstances
+from common import RESULTS, circumstances, spread, summary, write
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,12 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrd
 from lrd import console
-from lrd.models import ResNet
+from lrd.job.models import ResNet
 
-SIZE = 32  # pixels a side
-MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of what the peak is measured with
+IMAGE_SIZE = 32  # pixels a side
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that measure the peak
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LAYOUTS = ("contiguous", "inputs channels_last", "channels_last")
+
+CONTIGUOUS = "contiguous"
+INPUTS_CHANNELS_LAST = "inputs channels_last"
+CHANNELS_LAST = "channels_last"
+LAYOUTS = (CONTIGUOUS, INPUTS_CHANNELS_LAST, CHANNELS_LAST)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,12 @@ class Way:
 
     @property
     def baseline(self) -> Way:
-        return Way(self.batch, "fp32", LAYOUTS[0], False)
+        return Way(self.batch, "fp32", CONTIGUOUS, False)
+
+    @property
+    def network_key(self) -> tuple[bool, bool]:
+        """Ways with the same key share a network."""
+        return self.layout == CHANNELS_LAST, self.compiled
 
 
 class Bench:
@@ -52,21 +62,30 @@ class Bench:
 
     def __init__(self, device: str, ways: list[Way]) -> None:
         self.device = device
-        self.parts: dict[tuple[bool, bool], tuple[nn.Module, Optimizer]] = {}
-        for key in {(way.layout == LAYOUTS[2], way.compiled) for way in ways}:
-            network = ResNet().to(device)
-            if key[0]:
-                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-            lrd.LRDropout(optimizer, keep_prob=0.5)
-            if key[1]:
-                network.compile()
-            self.parts[key] = network, optimizer
-        most = max(way.batch for way in ways)
-        self.inputs = torch.randn(most, 3, SIZE, SIZE, device=device)
-        self.labels = torch.randint(10, (most,), device=device)
-        self.matrices = {name: torch.randn(MATRIX[device], MATRIX[device], device=device, dtype=dtype)
-                         for name, dtype in DTYPES.items()}  # fmt: skip
+        self.networks: dict[tuple[bool, bool], tuple[nn.Module, Optimizer]] = {}
+        for way in ways:
+            if way.network_key not in self.networks:
+                self.networks[way.network_key] = self._make_network(*way.network_key)
+
+        max_batch = max(way.batch for way in ways)
+        self.inputs = torch.randn(max_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        self.labels = torch.randint(10, (max_batch,), device=device)
+
+        size = MATRIX_SIZE[device]
+        self.matrices = {
+            precision: torch.randn(size, size, device=device, dtype=dtype)
+            for precision, dtype in DTYPES.items()
+        }
+
+    def _make_network(self, channels_last: bool, compiled: bool) -> tuple[nn.Module, Optimizer]:
+        network = ResNet().to(self.device)
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+        lrd.LRDropout(optimizer, keep_prob=0.5)
+        if compiled:
+            network.compile()
+        return network, optimizer
 
     def clock(self) -> float:
         if self.device == "cuda":
@@ -74,114 +93,173 @@ class Bench:
         return time.perf_counter()
 
     def step(self, way: Way) -> tuple[float, float]:
-        """Seconds of forward and backward, and of the optimizer's step."""
-        network, optimizer = self.parts[way.layout == LAYOUTS[2], way.compiled]
-        inputs, labels = self.inputs[: way.batch], self.labels[: way.batch]
-        began = self.clock()
+        """Take a step. Returns seconds of forward and backward, and of the optimizer's step."""
+        network, optimizer = self.networks[way.network_key]
+        inputs = self.inputs[: way.batch]
+        labels = self.labels[: way.batch]
+
+        start = self.clock()
         self.forward_backward(way, network, inputs, labels)
-        between = self.clock()
+        has_gradients = self.clock()
         optimizer.step()
         optimizer.zero_grad()
-        return between - began, self.clock() - between
+        return has_gradients - start, self.clock() - has_gradients
 
-    def forward_backward(self, way: Way, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-        if way.layout != LAYOUTS[0]:
+    def forward_backward(
+        self, way: Way, network: nn.Module, inputs: Tensor, labels: Tensor
+    ) -> None:
+        if way.layout != CONTIGUOUS:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device, torch.bfloat16, enabled=way.precision == "bf16"):
             logits = network(inputs)
-        nn.functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
 
-    def flops(self) -> int:
-        """Of one image's forward and backward; a multiplication and its addition are two."""
+    def count_flops(self) -> int:
+        """Count the FLOPs of one image's forward and backward.
+
+        A multiplication and its addition are two.
+        """
         network = ResNet().to(self.device)
+        way = Way(1, "fp32", CONTIGUOUS, False)
         with FlopCounterMode(display=False) as counter:
-            way = Way(1, "fp32", LAYOUTS[0], False)
             self.forward_backward(way, network, self.inputs[:2], self.labels[:2])
         return counter.get_total_flops() // 2
 
-    def peak(self, precision: str) -> float:
-        """FLOP/s of `torch.mm`."""
+    def measure_peak(self, precision: str) -> float:
+        """Measure the FLOP/s of `torch.mm`."""
         matrix = self.matrices[precision]
-        began = self.clock()
+        start = self.clock()
         for _ in range(3):
             torch.mm(matrix, matrix)
-        return 3 * 2 * MATRIX[self.device] ** 3 / (self.clock() - began)
+        return 3 * 2 * MATRIX_SIZE[self.device] ** 3 / (self.clock() - start)
 
 
 def measure(device: str, ways: list[Way], rounds: int) -> dict[str, Any]:
     bench = Bench(device, ways)
-    flops = bench.flops()
+    flops = bench.count_flops()
     times: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways}
     peaks: dict[str, list[float]] = {precision: [] for precision in DTYPES}
-    for number in range(rounds + 1):  # the first warms up
-        for way in track(ways if number % 2 else ways[::-1], f"{device}, round {number}", transient=True):
+    for number in range(rounds + 1):
+        order = ways if number % 2 else ways[::-1]
+        for way in track(order, f"{device}, round {number}", transient=True):
             times[way].append(bench.step(way))
         for precision in DTYPES:
-            peaks[precision].append(bench.peak(precision))
-    peak = {precision: statistics.median(values[1:]) for precision, values in peaks.items()}
+            peaks[precision].append(bench.measure_peak(precision))
+
+    # The first round warms up.
+    times = {way: pairs[1:] for way, pairs in times.items()}
+    median_peaks = {precision: statistics.median(values[1:]) for precision, values in peaks.items()}
+
     rows = []
     for way in ways:
-        pairs, base = times[way][1:], times[way.baseline][1:]
-        ratios = [sum(theirs) / sum(own) for own, theirs in zip(pairs, base, strict=True)]
-        computing, seconds = (statistics.median(values) for values in ([own[0] for own in pairs], map(sum, pairs)))
-        reached = way.batch * flops / computing
-        rows.append({
-            "batch": way.batch, "precision": way.precision, "layout": way.layout, "compile": way.compiled,
-            "seconds": seconds, "optimizer_seconds": statistics.median(own[1] for own in pairs),
+        totals = [sum(pair) for pair in times[way]]
+        baseline_totals = [sum(pair) for pair in times[way.baseline]]
+        ratios = [
+            baseline_total / total
+            for total, baseline_total in zip(totals, baseline_totals, strict=True)
+        ]
+        seconds = statistics.median(totals)
+        forward_backward_seconds = statistics.median(pair[0] for pair in times[way])
+        flops_per_second = way.batch * flops / forward_backward_seconds
+        row = {
+            "batch": way.batch,
+            "precision": way.precision,
+            "layout": way.layout,
+            "compile": way.compiled,
+            "seconds": seconds,
+            "optimizer_seconds": statistics.median(pair[1] for pair in times[way]),
             "images_per_second": way.batch / seconds,
-            "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-            "gflops": reached / 1e9, "share_of_peak": reached / peak[way.precision],
-        })  # fmt: skip
-    peaks_in_gflops = {precision: value / 1e9 for precision, value in peak.items()}
-    return {**circumstances(device), "flops_an_image": flops, "peak_gflops": peaks_in_gflops, "rows": rows}
+            "ratio": summary(ratios),
+            "gflops": flops_per_second / 1e9,
+            "share_of_peak": flops_per_second / median_peaks[way.precision],
+        }
+        rows.append(row)
+
+    return {
+        **circumstances(device),
+        "flops_an_image": flops,
+        "peak_gflops": {precision: value / 1e9 for precision, value in median_peaks.items()},
+        "rows": rows,
+    }
 
 
 def show(facts: dict[str, Any], rounds: int) -> None:
-    peaks = ", ".join(f"{value:.0f} GFLOP/s in {precision}" for precision, value in facts["peak_gflops"].items())
-    console.table(
-        f"{facts['device']}, {facts['threads']} thread(s), median of {rounds} rounds; torch.mm reaches {peaks}",
-        ["batch", "precision", "layout", "compile", "images/s", "to fp32 contiguous (min to max)", "optimizer, ms",
-         "GFLOP/s", "share of torch.mm"],
+    columns = [
+        "batch",
+        "precision",
+        "layout",
+        "compile",
+        "images/s",
+        "to fp32 contiguous (min to max)",
+        "optimizer, ms",
+        "GFLOP/s",
+        "share of torch.mm",
+    ]
+    cells = [
         [
-            [row["batch"], row["precision"], row["layout"], "yes" if row["compile"] else "no",
-             f"{row['images_per_second']:.1f}",
-             f"{row['ratio']['median']:.2f} ({row['ratio']['min']:.2f} to {row['ratio']['max']:.2f})",
-             f"{1e3 * row['optimizer_seconds']:.0f}", f"{row['gflops']:.0f}", f"{row['share_of_peak']:.0%}"]
-            for row in facts["rows"]
-        ],
-    )  # fmt: skip
+            row["batch"],
+            row["precision"],
+            row["layout"],
+            "yes" if row["compile"] else "no",
+            f"{row['images_per_second']:.1f}",
+            spread(row["ratio"]),
+            f"{1e3 * row['optimizer_seconds']:.0f}",
+            f"{row['gflops']:.0f}",
+            f"{row['share_of_peak']:.0%}",
+        ]
+        for row in facts["rows"]
+    ]
+    peaks = ", ".join(
+        f"{value:.0f} GFLOP/s in {precision}" for precision, value in facts["peak_gflops"].items()
+    )
+    title = (
+        f"{facts['device']}, {facts['threads']} thread(s), median of {rounds} rounds; "
+        f"torch.mm reaches {peaks}"
+    )
+    console.table(title, columns, cells)
+
+
+def make_ways(batches: list[int], compiled: list[bool]) -> list[Way]:
+    return [
+        Way(batch, precision, layout, is_compiled)
+        for batch in batches
+        for precision in DTYPES
+        for layout in LAYOUTS
+        for is_compiled in compiled
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batches", type=int, nargs="+", help="default: 32 and 128 on a CPU, 128 and 1024 on a GPU")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help="default: 32 and 128 on a CPU, 128 and 1024 on a GPU"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile too; on a GPU always")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile too; on a GPU always"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {"what": "a training step of ResNet-34 at 32x32: forward, backward, masked SGD"}
+
+    results: dict[str, Any] = {
+        "what": "a training step of ResNet-34 at 32x32: forward, backward, masked SGD"
+    }
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
-        batches = arguments.batches or ([128, 1024] if device == "cuda" else [32, 128])
+        default_batches = [128, 1024] if device == "cuda" else [32, 128]
         compiled = [False, True] if arguments.compile or device == "cuda" else [False]
-        ways = [
-            Way(batch, precision, layout, one)
-            for batch in batches
-            for precision in DTYPES
-            for layout in LAYOUTS
-            for one in compiled
-        ]
+        ways = make_ways(arguments.batches or default_batches, compiled)
         results[device] = measure(device, ways, arguments.rounds)
         show(results[device], arguments.rounds)
+
     if "cuda" not in devices:
         results["cuda"] = "not measured"
-        console.say("GPU: not measured, there is none here")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    console.say(f"written: {arguments.out}")
+        console.info("GPU: not measured, there is none here")
+    write(arguments.out, results)
 
 
 if __name__ == "__main__":

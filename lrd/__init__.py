@@ -1,31 +1,64 @@
-"""lrd: learning rate dropout on many ranks, synchronized by construction and exactly resumable.
+"""lrd: learning rate dropout on many ranks, with exact resumes.
 
     import lrd
     lrd.LRDropout(optimizer, keep_prob=0.5, seed=0)
 
-The import is cheap: nothing before one of its names is asked for, then torch and NumPy.
+The folders, from the ground up:
+
+| folder | what lives there |
+| --- | --- |
+| `optim/` | learning rate dropout itself: the mask, `LRDropout`, `Magma`, drop-in optimizers |
+| `recipe/` | the typed recipe |
+| `data/` | data sets, and batches as functions of a position |
+| `distributed/` | how launchers and ranks meet, agree, stop and compare themselves |
+| `tracking/` | TensorBoard |
+| `checkpoint/` | the training state on disk |
+| `job/` | one training job, set up from a recipe |
+| `train.py` | the training loop: what `accelerate launch -m lrd.train` starts |
+| `cli/` | the `lrd` command |
+
+Beside them stand `philox.py` (the random bits), `console.py`, `errors.py`, `torchvision_compat.py`
+and `doctor.py` (what each rank sees of the cluster).
+
+`import lrd` is cheap: torch and NumPy are imported when one of the names below is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import lrd.signals  # noqa: F401  before all: it notes the parent, and a launcher may die while torch is imported
+# Before anything else: this notes the parent process, and a launcher may die while torch is
+# imported.
+import lrd.distributed.signals  # noqa: F401
 
 if TYPE_CHECKING:
-    from lrd import mask, optim
-    from lrd.dropout import LRDropout
-    from lrd.magma import Magma
+    from lrd import optim
+    from lrd.optim import mask
+    from lrd.optim.dropout import LRDropout
+    from lrd.optim.magma import Magma
 
 __all__ = ["LRDropout", "Magma", "__version__", "mask", "optim"]
 __version__ = "0.1.0"
-_HOMES = {"LRDropout": "lrd.dropout", "Magma": "lrd.magma", "mask": "lrd", "optim": "lrd"}
+
+# Public name -> its module, and its name in there; None: the module itself.
+_PUBLIC_NAMES: dict[str, tuple[str, str | None]] = {
+    "LRDropout": ("lrd.optim.dropout", "LRDropout"),
+    "Magma": ("lrd.optim.magma", "Magma"),
+    "mask": ("lrd.optim.mask", None),
+    "optim": ("lrd.optim", None),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Only now, for torch takes two seconds, and `lrd --help` needs none of it."""
-    if name not in _HOMES:
+    """Import a public name when it is first used.
+
+    torch takes two seconds to import, and `lrd --help` needs none of it.
+    """
+    if name not in _PUBLIC_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"lrd.{name}") if _HOMES[name] == "lrd" else getattr(import_module(_HOMES[name]), name)
+
+    module_name, attribute = _PUBLIC_NAMES[name]
+    module = import_module(module_name)
+    return module if attribute is None else getattr(module, attribute)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""What a person sees in the terminal: rich progress and tables, on the main process only; plain lines elsewhere."""
+"""What a user sees in the terminal.
+
+The main process prints messages, tables and progress bars. Other processes print errors only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -19,58 +29,96 @@ stderr = Console(stderr=True)
 
 
 def is_main_process() -> bool:
-    """Before there is a process group: what the launcher's environment says."""
+    """Whether this is the main process, by the launcher's environment.
+
+    It can be asked before there is a process group.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(message: str) -> None:
-    """One line on standard output, from the main process."""
+def info(message: str) -> None:
+    """Print a message on standard output, from the main process only."""
     if is_main_process():
         stdout.print(Text(message), soft_wrap=True)
 
 
-def complain(message: str) -> None:
-    """One line on standard error, from whatever process."""
-    stderr.print(Text(message, style="red"), soft_wrap=True)
+def error(message: str) -> None:
+    """Print what went wrong on standard error, from any process.
+
+    Args:
+        message: one line or several; each gets the prefix `lrd: `, by which it is found among the
+            lines of a launcher.
+    """
+    for line in message.splitlines():
+        stderr.print(Text(f"lrd: {line}", style="red"), soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table on standard output, from the main process."""
+    """Print a table on standard output, from the main process only.
+
+    Args:
+        title: the line above the table; empty: none.
+        columns: the headings; the table has no heading row if all of them are empty.
+        rows: the cells of each row; None is an empty cell.
+    """
     if not is_main_process():
         return
+
     grid = Table(title=title or None, title_justify="left", show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        cells = [Text("" if cell is None else str(cell)) for cell in row]
+        grid.add_row(*cells)
     stdout.print(grid)
 
 
-def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Pass items on while showing how many went by."""
-    with Meter(what, total) as meter:
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Yield items and show the progress.
+
+    Args:
+        items: what to yield.
+        description: what is being done.
+        total: the number of items.
+    """
+    with ProgressMeter(description, total) as meter:
         for done, item in enumerate(items, 1):
             yield item
             meter.update(done)
 
 
-class Meter:
-    """A progress bar with a few live figures; a plain line every ten seconds where the output is no terminal."""
+class ProgressMeter:
+    """A progress bar with a few figures beside it.
 
-    def __init__(self, what: str, total: int, start: int = 0) -> None:
-        self.what, self.total = what, total
+    If the output is not a terminal, it prints a plain line every ten seconds instead.
+
+    Args:
+        description: what is being done.
+        total: how much there is to do.
+        start: how much was done before this process started.
+    """
+
+    def __init__(self, description: str, total: int, start: int = 0) -> None:
+        self.description = description
+        self.total = total
+        self._start = start
+        self._start_time = time.monotonic()  # seconds
+        self._last_line_time = self._start_time  # seconds
+
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._said = self._began = time.monotonic()
-        self._start = start
         if is_main_process() and stdout.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=stdout,
-            )  # fmt: skip
-            self._task = self._bar.add_task(what, total=total, completed=start, figures="")
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=stdout,
+            )
+            self._task = self._bar.add_task(description, total=total, completed=start, figures="")
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressMeter:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -79,13 +127,24 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, figures: str = "", what: str | None = None) -> None:
-        """Show that `done` of the total are done; `figures` stands beside the bar."""
+    def update(self, done: int, figures: str = "", description: str | None = None) -> None:
+        """Show how much is done.
+
+        Args:
+            done: how much of the total is done.
+            figures: text beside the bar.
+            description: what is being done, if that has changed.
+        """
+        description = description or self.description
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures=figures, description=what or self.what)
+            self._bar.update(self._task, completed=done, figures=figures, description=description)
             return
+
         now = time.monotonic()
-        if now - self._said >= _SECONDS_BETWEEN_LINES or done == self.total:
-            self._said = now
-            left = (now - self._began) / max(1, done - self._start) * (self.total - done)
-            say(f"{what or self.what} {done}/{self.total} {figures} {left:.0f} s left".replace("  ", " "))
+        is_due = now - self._last_line_time >= _SECONDS_BETWEEN_LINES
+        if is_due or done == self.total:
+            self._last_line_time = now
+            seconds_per_item = (now - self._start_time) / max(1, done - self._start)
+            left = seconds_per_item * (self.total - done)  # seconds
+            line = f"{description} {done}/{self.total} {figures} {left:.0f} s left"
+            info(line.replace("  ", " "))

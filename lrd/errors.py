@@ -1,32 +1,43 @@
-"""What a user can get wrong."""
+"""Errors that a user can fix, and the exit statuses of a run."""
 
 EXIT_OK = 0
 EXIT_RUN_ERROR = 1
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved on a signal; the same command goes on from here
+
+# EX_TEMPFAIL of sysexits.h: a signal stopped the run and its state is saved, so that the same
+# command resumes it.
+EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """An error the user can mend: one clear line that names the key, file or rank; exit status 2, no trace-back.
+    """An error that the user can fix; it is printed without a traceback, and the status is 2.
 
-    Several faults found at once are joined by newlines, one line each.
+    Its message is one clear line that names the key, file or rank. If several faults are found at
+    once, the message has one line for each.
     """
 
     status = EXIT_USER_ERROR
 
 
 class RunError(UserError):
-    """What ends a run that was started well: a loss that is not finite, replicas that differ. Exit status 1."""
+    """An error that ends a run after it has started; the exit status is 1.
+
+    Examples are a loss that is not finite, and replicas that differ.
+    """
 
     status = EXIT_RUN_ERROR
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line that is never empty."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.splitlines()[0] if text.strip() else type(error).__name__
+    """The first line of an exception's text, or the name of its type if it has no text."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    lines = text.strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def describe(error: OSError) -> str:
-    """An operating system's error in one line, with the file where it names one."""
-    return f"{error.filename}: {first_line(error)}" if error.filename else first_line(error)
+def describe_os_error(error: OSError) -> str:
+    """An error of the operating system in one line, with the file if the error names one."""
+    reason = first_line(error)
+    return f"{error.filename}: {reason}" if error.filename else reason

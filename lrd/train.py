@@ -1,4 +1,7 @@
-"""Training: the loop and `main()`. What `accelerate launch -m lrd.train RECIPE [section.key=value ...]` starts."""
+"""Training: the loop and `main()`.
+
+accelerate launch -m lrd.train RECIPE [section.key=value ...]
+"""
 
 from __future__ import annotations
 
@@ -11,249 +14,379 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrd import checkpoint, console, distributed, peers
+from lrd import console
 from lrd import recipe as recipes
-from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe
-from lrd.evaluate import evaluate
-from lrd.guard import Guard
-from lrd.job import Job, set_up
-from lrd.peers import RollCall
-from lrd.profile import profiled
-from lrd.progress import Progress
-from lrd.replicas import compare_replicas
-from lrd.signals import StopSignals, follow_launcher
+from lrd.checkpoint import store
+from lrd.distributed import communication, roll_call
+from lrd.distributed.accelerator import exit_process
+from lrd.distributed.replica_check import compare_replicas
+from lrd.distributed.roll_call import RollCall
+from lrd.distributed.signals import StopSignals, end_with_launcher
+from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe_os_error
+from lrd.job.evaluation import evaluate
+from lrd.job.nonfinite import NonfiniteGuard
+from lrd.job.profiler import profile_steps
+from lrd.job.progress import Progress
+from lrd.job.setup import set_up
+from lrd.job.state import Job
 
 
 def train(job: Job, signals: StopSignals) -> int:
-    """The loop. Returns the exit status."""
-    guard = Guard(job)
-    with job.writer or nullcontext(), Progress(job) as progress, profiled(job) as profile_step:
-        stop_signal = end_step(job, progress, signals, 0) if job.is_evaluation_due else 0  # one that was cut short
-        if job.step >= job.total_steps and not progress.steps:
-            console.say(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
+    """Train until the last step or until a signal asks to stop.
+
+    Returns:
+        The exit status.
+    """
+    guard = NonfiniteGuard(job)
+
+    job.write_status("running")
+
+    # Left in reverse order: the trace is written, then the records, then the last checkpoint.
+    with job.writer or nullcontext(), Progress(job) as progress, profile_steps(job) as profile_step:
+        stop_signal = 0
+        if job.is_evaluation_due:  # a signal ended the run before in the middle of it
+            stop_signal = end_step(job, progress, signals, stop_signal)
+        elif job.step >= job.total_steps:
+            console.info(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
+
         while job.step < job.total_steps and not stop_signal:
-            guard.remember()
+            guard.save_buffers()
             loss = forward_backward(job)
-            grad_norm = clip(job)
-            is_good = True
-            if is_boundary(job):
-                seen = distributed.exchange(loss, grad_norm, signals.received, has_fault(job))
-                stop_signal = seen.stop_signal
-                progress.loss = sum(seen.losses) / len(seen.losses)
-                is_good = guard.allows(seen)
-                if seen.has_fault:
-                    answer_fault(job)
-            lrs = [float(group["lr"]) for group in job.optimizer.param_groups]
-            if is_good:
-                job.prepared_optimizer.step()  # the mask decides which elements move
-            job.prepared_optimizer.zero_grad()
+            grad_norm = clip_gradients(job)
+
+            is_skipped = False
+            if exchanges_statistics(job):
+                statistics = communication.gather_step_statistics(
+                    loss, grad_norm, signals.received, has_checkpoint_error(job)
+                )
+                stop_signal = statistics.stop_signal
+                progress.loss = statistics.mean_loss
+                is_skipped = not guard.may_step(statistics)
+                if statistics.has_checkpoint_error:
+                    handle_checkpoint_error(job)
+
+            # The lr of this step, before the schedule changes it.
+            lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
+            if not is_skipped:
+                job.accelerated_optimizer.step()  # the mask decides which elements move
+            job.accelerated_optimizer.zero_grad()
+
             job.schedule.step()
             job.step += 1
+            job.roll_call.step = job.step
             if job.step % job.batches.steps_per_epoch == 0:
                 job.schedule.end_epoch()
-            progress.step(lrs, grad_norm, is_good)
+
+            progress.after_step(lrs, grad_norm, is_skipped)
             stop_signal = end_step(job, progress, signals, stop_signal)
             profile_step()
+
         return finish(job, progress, stop_signal)
 
 
-def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: int) -> int:
-    """What every so often comes after a step: evaluation, comparison of the replicas, checkpoint.
+def forward_backward(job: Job) -> Tensor:
+    """Run all micro steps of one step.
 
-    Returns the signal that ends the run, 0: none. An evaluation that a signal cut short is made up for at the next
-    start, before the first step.
+    Leaves the gradient of the global batch's mean loss in the parameters.
+
+    Returns:
+        This rank's mean loss, float32 ().
+    """
+    accumulation_steps = job.recipe.trainer.accumulation_steps
+    loss = torch.zeros((), device=job.accelerator.device)
+
+    for micro_step in range(accumulation_steps):
+        inputs, labels = job.load_micro_batch(job.step, micro_step)
+
+        # DDP all-reduces the gradients in the last micro step alone.
+        is_last = micro_step == accumulation_steps - 1
+        with nullcontext() if is_last else job.accelerator.no_sync(job.ddp_model):
+            logits = job.ddp_model(inputs)  # (micro_batch, classes)
+            scaled_loss = nn.functional.cross_entropy(logits, labels) / accumulation_steps
+            job.accelerator.backward(scaled_loss)
+        loss += scaled_loss.detach()
+
+    return loss
+
+
+def clip_gradients(job: Job) -> Tensor:
+    """Clip the gradient's norm, where the recipe asks for it.
+
+    Returns:
+        The norm before clipping, float32 (); zero in a step whose norm is not used.
+    """
+    max_norm = job.recipe.trainer.clip_norm
+    if max_norm is not None:
+        norm: Tensor = job.accelerator.clip_grad_norm_(job.raw_model.parameters(), max_norm)
+        return norm
+
+    if exchanges_statistics(job):
+        parameters = job.raw_model.parameters()
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    return torch.zeros((), device=job.accelerator.device)
+
+
+def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: int) -> int:
+    """Do what is due after a step: evaluation, checkpoint, comparison of the replicas.
+
+    Args:
+        stop_signal: a signal that has been received already; 0: none. There is then no evaluation;
+            it is made up for at the next start, before the first step.
+
+    Returns:
+        The signal that ends the run; 0: none. It may come during the evaluation.
     """
     is_new_best = False
     if job.is_evaluation_due and not stop_signal:
         with progress.pause("evaluation"):
             stop_signal, is_new_best = run_evaluation(job, signals)
+
     if stop_signal or is_checkpoint_due(job, is_new_best):
         with progress.pause("checkpoints"):
             save_checkpoint(job)
-    elif is_fingerprint_due(job):
-        compare_replicas(job.network, job.optimizer, job.step)
+    elif is_replica_check_due(job):
+        compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+
     return stop_signal
 
 
-def forward_backward(job: Job) -> Tensor:
-    """All micro steps of one step. Leaves the gradient of the global batch's mean loss; returns this rank's loss."""
-    count = job.recipe.trainer.accumulation_steps
-    loss = torch.zeros((), device=job.accelerator.device)
-    for micro_step in range(count):
-        inputs, labels = job.batches(job.step, micro_step)
-        if job.recipe.trainer.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        is_last = micro_step == count - 1
-        with nullcontext() if is_last else job.accelerator.no_sync(job.model):
-            micro_loss = nn.functional.cross_entropy(job.model(inputs), labels) / count
-            job.accelerator.backward(micro_loss)
-        loss += micro_loss.detach()
-    return loss
-
-
-def clip(job: Job) -> Tensor:
-    """Clip the gradient's norm, where the recipe says so. Returns the norm before, zero in steps that need none."""
-    max_norm = job.recipe.trainer.clip_norm
-    if max_norm is not None:
-        norm: Tensor = job.accelerator.clip_grad_norm_(job.network.parameters(), max_norm)
-        return norm
-    if is_boundary(job):
-        return nn.utils.get_total_norm([p.grad for p in job.network.parameters() if p.grad is not None])
-    return torch.zeros((), device=job.accelerator.device)
-
-
-def is_boundary(job: Job) -> bool:
-    """Whether the ranks look at losses, norms and signals in this step: a CPU-GPU sync point, so seldom on a GPU."""
-    step, every = job.step + 1, job.recipe.checkpoint.every_steps
-    is_cheap = job.accelerator.device.type == "cpu"
-    is_last = step % job.batches.steps_per_epoch == 0 or step == job.total_steps
-    is_looked_at = step % job.recipe.tracking.every_steps == 0 or job.recipe.trainer.on_nonfinite == "skip"
-    return is_cheap or is_last or is_looked_at or bool(every and step % every == 0)
-
-
-def has_fault(job: Job) -> bool:
-    return job.writer is not None and bool(job.writer.faults)
-
-
-def answer_fault(job: Job) -> None:
-    """A checkpoint could not be written: say so and go on, or stop on all ranks, as the recipe says."""
-    lines = distributed.from_main([] if job.writer is None else job.writer.take_faults())
-    if job.recipe.checkpoint.on_error == "stop":
-        raise UserError("\n".join(lines))
-    if job.writer is not None:
-        for line in lines:
-            console.complain(f"lrd: {line}; training goes on")
-
-
 def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
-    """Evaluate and let the schedule know. Returns a signal that cut it short, and whether the accuracy is the best."""
+    """Evaluate on the test set and let the schedule know the result.
+
+    Returns:
+        The signal that cut it short, 0: none; and whether the accuracy is the best so far.
+    """
     metrics = evaluate(
-        *(job.accelerator, job.network, job.dataset.test, job.batches.normalized, job.batches.batch_size),
-        received=lambda: signals.received,
+        accelerator=job.accelerator,
+        model=job.raw_model,
+        images=job.dataset.test,
+        normalize=job.batches.normalize,
+        batch_size=job.batches.batch_size,
+        stop_signal=lambda: signals.received,
     )
     if metrics is None:
-        return distributed.any_signal(job.accelerator, signals.received), False
-    job.latest, job.evaluated = metrics, job.step
+        return communication.gather_stop_signal(job.accelerator, signals.received), False
+
+    job.last_eval_metrics = metrics
+    job.last_eval_step = job.step
+    # Not after a last step in the middle of an epoch: a longer run would not be evaluated there.
     if job.step % job.batches.steps_per_epoch == 0:
         job.schedule.end_evaluation(metrics)
     if job.tracker is not None:
-        job.tracker.evaluation(job.step, metrics)
+        job.tracker.record_evaluation(job.step, metrics)
+
     if job.best is not None and metrics["accuracy"] <= job.best["accuracy"]:
         return 0, False
     job.best = {"step": job.step, **metrics}
     return 0, True
 
 
-def is_fingerprint_due(job: Job) -> bool:
-    every = job.recipe.trainer.fingerprint_every
-    return bool(every) and job.step % every == 0
+def save_checkpoint(job: Job) -> None:
+    """Compare the replicas and hand the state after `job.step` steps to the writer.
+
+    The writer flushes the event file first: it must hold all that the checkpoint says is done.
+    """
+    if job.recipe.trainer.fingerprint_every:
+        compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+    if job.writer is None or job.tracker is None:  # this is not the main process
+        return
+
+    if job.step == job.last_eval_step == job.total_steps:
+        job.tracker.record_hparams(job.step, job.last_eval_metrics)
+
+    best_step = None
+    if job.recipe.checkpoint.keep_best and job.best is not None:
+        best_step = job.best["step"]
+    job.writer.save(job.train_state(), best_step)
+    job.write_status("running")
+
+
+def exchanges_statistics(job: Job) -> bool:
+    """Whether the ranks exchange losses, norms and signals in the step that is being taken.
+
+    Each exchange makes the CPU wait for the GPU, so on a GPU there are few.
+    """
+    step = job.step + 1  # `job.step` counts those that are done
+
+    is_cheap = job.accelerator.device.type == "cpu"
+    is_last = step == job.total_steps or is_multiple(step, job.batches.steps_per_epoch)
+    is_tracked = is_multiple(step, job.recipe.tracking.every_steps)
+    is_saved = is_multiple(step, job.recipe.checkpoint.every_steps)
+    may_be_skipped = job.recipe.trainer.on_nonfinite == "skip"
+    return is_cheap or is_last or is_tracked or is_saved or may_be_skipped
+
+
+def is_multiple(step: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done in this one. None and 0: never."""
+    return bool(every) and step % (every or 1) == 0
+
+
+def is_replica_check_due(job: Job) -> bool:
+    """Whether the replicas' fingerprints are to be compared after this step."""
+    return is_multiple(job.step, job.recipe.trainer.fingerprint_every)
 
 
 def is_checkpoint_due(job: Job, is_new_best: bool) -> bool:
+    """Whether the state after this step is to be saved."""
+    if job.step == job.total_steps:
+        return True
+    if is_new_best and job.recipe.checkpoint.keep_best:
+        return True
+
     every = job.recipe.checkpoint.every_steps
     interval = job.batches.steps_per_epoch if every is None else every
-    due = bool(interval) and job.step % interval == 0
-    return due or job.step == job.total_steps or (is_new_best and job.recipe.checkpoint.keep_best)
+    return is_multiple(job.step, interval)
 
 
-def save_checkpoint(job: Job) -> None:
-    """Have the state after `job.step` steps written; the event files first, so that they hold all it says is done."""
-    if job.recipe.trainer.fingerprint_every:
-        compare_replicas(job.network, job.optimizer, job.step)
-    if job.writer is None or job.tracker is None:
-        return
-    if job.step == job.evaluated == job.total_steps:
-        job.tracker.hyper_parameters(job.step, job.latest)
-    best_step = job.best["step"] if job.recipe.checkpoint.keep_best and job.best is not None else None
-    job.writer.save(job.state(), best_step)
-    job.report("running")
+def has_checkpoint_error(job: Job) -> bool:
+    """Whether a checkpoint could not be written since this was last handled."""
+    return job.writer is not None and bool(job.writer.errors)
+
+
+def handle_checkpoint_error(job: Job) -> None:
+    """Report that a checkpoint could not be written, and stop on all ranks if the recipe says so.
+
+    Raises:
+        UserError: `checkpoint.on_error` is `stop`.
+    """
+    errors = communication.broadcast_from_main(
+        [] if job.writer is None else job.writer.take_errors()
+    )
+    if job.recipe.checkpoint.on_error == "stop":
+        raise UserError("\n".join(errors))
+
+    if job.writer is not None:
+        for line in errors:
+            console.error(f"{line}; training goes on")
 
 
 def finish(job: Job, progress: Progress, stop_signal: int) -> int:
-    """Wait for what is being written and close the books. Returns the exit status.
+    """Wait for the last checkpoint and report how the run ended.
+
+    Returns:
+        The exit status.
 
     Raises:
         UserError: the last checkpoint could not be written.
     """
     with progress.pause("checkpoints"):
-        lines, is_saved = distributed.from_main(([], True) if job.writer is None else job.writer.finish())
+        result = ([], True) if job.writer is None else job.writer.finish()
+        errors, is_saved = communication.broadcast_from_main(result)
     if not is_saved:
-        raise UserError(
-            "\n".join([*lines, f"the state after step {job.step} is not saved; start the same command again"])
-        )
+        advice = f"the state after step {job.step} is not saved; start the same command again"
+        raise UserError("\n".join([*errors, advice]))
+
     if job.writer is not None:
-        for line in lines:
-            console.complain(f"lrd: {line}")
+        for line in errors:
+            console.error(line)
+
     if job.step >= job.total_steps and not job.is_evaluation_due:
-        job.report("finished")
-        progress.summary()
+        job.write_status("finished")
+        progress.print_summary()
         return EXIT_OK
-    job.report("stopped")
-    console.say(f"stopped by signal {stop_signal} after step {job.step}, saved; the same command goes on from here")
+
+    job.write_status("stopped")
+    console.info(
+        f"stopped by signal {stop_signal} after step {job.step}, saved; "
+        "the same command goes on from here"
+    )
     return EXIT_STOPPED
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:
-    """One run from recipe to exit status; what a user, a disk or a peer got wrong is one line each."""
+    """Run one recipe from its file to the exit status.
+
+    An error of a user, a disk or another rank is reported in one line each.
+    """
     job = None
+    calls = RollCall()
     with ExitStack() as stack:
         try:
-            job = set_up(recipes.load(recipe_path, overrides))
+            job = set_up(recipes.load(recipe_path, overrides), calls)
             stack.callback(job.close)
-            signals = stack.enter_context(StopSignals())  # until the end: a launcher sends one when a peer dies
+            # Until the end of the run: a launcher sends SIGTERM when another rank dies.
+            signals = stack.enter_context(StopSignals())
             return train(job, signals)
         except (UserError, OSError, RuntimeError) as error:
-            return fail(job, error)
+            return report_failure(job, calls, error)
 
 
-def fail(job: Job | None, error: UserError | OSError | RuntimeError) -> int:
-    """Say what went wrong, once among the ranks. Returns the exit status; a fault of the program is raised again."""
-    speaks, status = distributed.speaks(), UserError.status
+def report_failure(
+    job: Job | None, calls: RollCall, error: UserError | OSError | RuntimeError
+) -> int:
+    """Report what went wrong, once among the ranks.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        RuntimeError: the error is a fault of the program; it is raised again.
+    """
+    is_reporter = communication.should_report_errors()
+    status = UserError.status
     if isinstance(error, UserError):
-        message, status = str(error), error.status
+        message = str(error)
+        status = error.status
     elif isinstance(error, OSError):
-        message = describe(error)
-    elif peers.is_lost_peer(error):
-        missing = (RollCall() if job is None else job.roll_call).call()
-        message, status, speaks = describe_loss(job, error, missing or ""), RunError.status, missing is not None
+        # Unlike most errors of a user it is this rank's alone.
+        message = describe_os_error(error)
+        if job is not None and job.accelerator.num_processes > 1:
+            message = f"{communication.describe_rank()}: {message}"
+        is_reporter = True
+    elif roll_call.is_lost_rank(error):
+        result = calls.call()
+        missing = result.text or "a rank is lost, another one reports which"
+        message = describe_lost_rank(job, error, missing)
+        status = RunError.status
+        is_reporter = result.is_reporter
     else:
         raise error
+
     if job is not None:
-        job.report("failed", message=message)
-    for line in [] if job is None or job.writer is None else job.writer.take_faults():
-        console.complain(f"lrd: {line}")
-    for line in message.splitlines() if speaks else []:
-        console.complain(f"lrd: {line}")
+        job.write_status("failed", message=message)
+        for line in [] if job.writer is None else job.writer.take_errors():
+            console.error(line)
+    if is_reporter:
+        console.error(message)
     return status
 
 
-def describe_loss(job: Job | None, error: RuntimeError, missing: str) -> str:
-    """A peer is gone or silent: which, when, and from where the same command goes on."""
+def describe_lost_rank(job: Job | None, error: RuntimeError, missing: str) -> str:
+    """Say which rank is lost, in which step, and where the same command goes on."""
+    reason = roll_call.failure_reason(error)
     if job is None:
-        return f"the ranks could not start together: {missing or 'no roll call yet'} ({peers.reason(error)})"
-    steps = checkpoint.steps(Path(job.recipe.run_dir))
-    nothing = "from the beginning" if job.run_dir is not None else "from rank 0's newest checkpoint"
-    newest = f"from step {steps[-1]}" if steps else nothing
-    return f"step {job.step + 1}: {missing} ({peers.reason(error)}); the same command goes on {newest}"
+        return f"the ranks could not start together: {missing} ({reason})"
+
+    steps = store.list_steps(Path(job.recipe.run_dir))
+    if steps:
+        start = f"from step {steps[-1]}"
+    elif job.run_dir is not None:
+        start = "from the beginning"
+    else:
+        start = "from rank 0's newest checkpoint"
+    return f"step {job.step + 1}: {missing} ({reason}); the same command goes on {start}"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):
-        console.complain("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
+        console.error("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
         sys.exit(UserError.status)
+
     try:
-        follow_launcher()
+        end_with_launcher()
         status = run(arguments[0], arguments[1:])
     except RunError as error:
-        console.complain(f"lrd: {error}")
+        console.error(f"{error}")
         status = error.status
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:  # while the job is set up; later StopSignals handles it
         status = 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         status = RunError.status
-    distributed.leave(status)
+    exit_process(status)
 
 
 if __name__ == "__main__":

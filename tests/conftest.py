@@ -1,20 +1,24 @@
-"""What several files of tests compare with."""
+"""Fixtures that several files of tests use."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import STEPS, launch, train_command
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.helpers.launching import STEPS, launch, train_command
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run directories of the job with STEPS that nobody interrupted, on one rank and on two.
+    """Run directories of the job with STEPS, by the number of ranks; nothing interrupted the runs.
 
-    Of two processes that run the tests one trains them, the other waits.
+    If several processes run the tests, one of them trains and the others wait.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
@@ -28,3 +32,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
                 assert done.returncode == 0, done.stdout + done.stderr
                 (run_dir.parent / "done").touch()
     return runs
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Gives a run in this process one thread, and resets what the run sets after the test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    AcceleratorState._reset_state(reset_partial_state=True)

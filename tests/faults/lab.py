@@ -1,4 +1,4 @@
-"""Trials and what came of them: run two at a time, compared with undisturbed runs, summed up in rows."""
+"""Runs trials, two at a time, compares them with undisturbed runs, and sums them up in rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .jobs import INTERVAL, End, Job, processes_of
 
-MOST_LOST = INTERVAL + 15  # a checkpoint is written in the background, while steps go on
+# Steps go on while a checkpoint is written in the background.
+MAX_LOST = INTERVAL + 15
+NO_LIMIT = 10**6
 
 
 @dataclass
@@ -25,10 +27,13 @@ class Outcome:
     Attributes:
         times: how often the fault was made.
         expected: what should come of it: `recovered`, `refused`, `stopped`, `unharmed`, ...
-        lost, seconds: steps lost, and seconds until steps went on, of each start after a fault.
-        state_equal, records_equal: to those of the undisturbed run; None: not to be compared.
-        problem: what was not as it should be.
-        note: anything worth a word.
+        lost: steps lost at each start after a fault.
+        seconds: until steps went on, for each start after a fault.
+        starts: how many it took to finish the run.
+        state_equal: whether the final state equals the undisturbed run's; None: not compared.
+        records_equal: the same of TensorBoard's records.
+        problem: what was not as it should be; empty: nothing.
+        note: anything worth knowing.
     """
 
     times: int = 1
@@ -44,7 +49,13 @@ class Outcome:
 
 @dataclass
 class Trial:
-    """One fault to be made. `act` gets a folder of its own; what it raises is the outcome's problem."""
+    """One fault to make.
+
+    Attributes:
+        row: the name of the row that sums up all trials of this kind.
+        act: makes the fault in a folder of its own. If it raises, that is the outcome's problem.
+        times: how often it makes the fault.
+    """
 
     row: str
     act: Callable[[Path], Outcome]
@@ -72,55 +83,97 @@ class Lab:
     """Where trials are made.
 
     Args:
-        folder: for the jobs; a trial's own is deleted where nothing was wrong.
-        seed: decides about the moments and places of the random faults.
-        kills, mutations: how many.
+        folder: for the jobs. The folder of a trial is deleted if nothing was wrong.
+        seed: decides the moments and places of random faults.
+        kills: how many random kills.
+        mutations: how many random mutations.
+
+    Attributes:
+        interrupted: by the number of ranks, jobs that were killed; see `damage.interrupted`.
     """
 
-    def __init__(self, folder: Path, seed: int = 0, kills: int = 200, mutations: int = 1000) -> None:
-        self.folder, self.seed, self.kills, self.mutations = folder, seed, kills, mutations
-        self._undisturbed: dict[tuple[object, ...], tuple[Job, End, float]] = {}
+    def __init__(
+        self, folder: Path, seed: int = 0, kills: int = 200, mutations: int = 1000
+    ) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.kills = kills
+        self.mutations = mutations
         self.interrupted: dict[int, Job] = {}
+
+        self._undisturbed: dict[tuple[object, ...], tuple[End, float]] = {}
         self._lock = threading.RLock()
 
     def draw(self, *name: object) -> random.Random:
-        """A generator of its own for each trial, whatever the order in which they run."""
+        """Make a trial's random generator; it does not depend on the order of the trials."""
         return random.Random(f"{self.seed} {name}")
 
-    def undisturbed(self, ranks: int, *overrides: str) -> tuple[Job, End, float]:
-        """A run to its end with no fault, its end, and the seconds that its life took. Each is made once."""
+    def undisturbed(self, ranks: int, *overrides: str) -> tuple[End, float]:
+        """Run a job to its end with no fault; each is run once.
+
+        Returns:
+            How it ended, and the seconds that it took.
+        """
         with self._lock:
             key = (ranks, *overrides)
             if key not in self._undisturbed:
                 job = Job(self.folder / f"undisturbed-{len(self._undisturbed)}", ranks, *overrides)
                 began = time.monotonic()
-                job.finish(most_starts=1)
-                self._undisturbed[key] = job, End.of(job.run_dir), time.monotonic() - began
+                job.finish(max_starts=1)
+                end = End.read(job.run_dir)
+                self._undisturbed[key] = (end, time.monotonic() - began)
             return self._undisturbed[key]
 
-    def compared(self, job: Job, outcome: Outcome, most_lost: int = MOST_LOST) -> Outcome:
-        """Fill in what a finished job shows: steps lost, seconds, and whether its end is the undisturbed run's."""
-        _, expected, _ = self.undisturbed(job.ranks, *job.overrides)
-        end = End.of(job.run_dir)
+    def compare(self, job: Job, outcome: Outcome, max_lost: int = MAX_LOST) -> Outcome:
+        """Compare a finished job with the undisturbed one.
+
+        Args:
+            outcome: is filled in.
+            max_lost: steps that a start may lose.
+
+        Returns:
+            The outcome.
+        """
+        expected_end, _ = self.undisturbed(job.ranks, *job.overrides)
+        end = End.read(job.run_dir)
         outcome.lost += job.steps_lost()
         outcome.seconds += job.seconds_to_running()
-        outcome.state_equal = end.state == expected.state
-        outcome.records_equal = end.records == expected.records and end.has_every_step_once()
-        wrong = [] if outcome.state_equal else ["the final state differs"]
-        wrong += [f"a trace-back in {start.output_file}" for start in job.starts if start.has_own_traceback]
+        outcome.state_equal = end.state == expected_end.state
+        outcome.records_equal = end.records == expected_end.records and end.has_every_step_once()
+
+        problems = [outcome.problem] if outcome.problem else []
+        if not outcome.state_equal:
+            problems.append("the final state differs")
+        for start in job.starts:
+            if start.has_lrd_traceback:
+                problems.append(f"a traceback in {start.output_file}")
         if not outcome.records_equal:
-            tags = end.records.keys() | expected.records.keys()
-            odd = sorted(tag for tag in tags if end.records.get(tag) != expected.records.get(tag))
-            wrong.append(f"TensorBoard differs in {', '.join(odd)}")
-        if max(outcome.lost, default=0) > most_lost:
-            wrong.append(f"{max(outcome.lost)} steps were lost")
-        outcome.problem = "; ".join([outcome.problem, *wrong] if outcome.problem else wrong)
+            tags = sorted(end.records.keys() | expected_end.records.keys())
+            different = [
+                tag for tag in tags if end.records.get(tag) != expected_end.records.get(tag)
+            ]
+            problems.append(f"TensorBoard differs in {', '.join(different)}")
+        if max(outcome.lost, default=0) > max_lost:
+            problems.append(f"{max(outcome.lost)} steps were lost")
+
+        outcome.problem = "; ".join(problems)
         return outcome
 
-    def run(self, trials: Iterable[Trial], at_once: int = 2) -> Iterator[tuple[Trial, Outcome]]:
-        """Each trial with its outcome, as they end."""
-        with ThreadPoolExecutor(at_once) as pool:
-            running = {pool.submit(self._run, number, trial): trial for number, trial in enumerate(trials)}
+    def finish_and_compare(
+        self, job: Job, expected: str = "recovered", max_lost: int = MAX_LOST
+    ) -> Outcome:
+        """Finish a job by one start, and compare it with the undisturbed one."""
+        outcome = Outcome(expected=expected, starts=job.finish(max_starts=1))
+        return self.compare(job, outcome, max_lost)
+
+    def run(
+        self, trials: Iterable[Trial], num_parallel: int = 2
+    ) -> Iterator[tuple[Trial, Outcome]]:
+        """Yield each trial with its outcome, in the order in which they end."""
+        with ThreadPoolExecutor(num_parallel) as pool:
+            running = {
+                pool.submit(self._run, number, trial): trial for number, trial in enumerate(trials)
+            }
             try:
                 for done in as_completed(running):
                     yield running[done], done.result()
@@ -128,51 +181,50 @@ class Lab:
                 pool.shutdown(cancel_futures=True)
 
     def _run(self, number: int, trial: Trial) -> Outcome:
-        folder = self.folder / f"{re.sub('[^a-z0-9]+', '-', trial.row.lower()).strip('-')}-{number}"
+        name = re.sub("[^a-z0-9]+", "-", trial.row.lower()).strip("-")
+        folder = self.folder / f"{name}-{number}"
         try:
             outcome = trial.act(folder)
-        except Exception as error:  # whatever it is, it is this trial's, and the others go on
+        except Exception as error:  # of whatever kind: the other trials go on
             outcome = Outcome(trial.times, problem=f"{type(error).__name__}: {error}")
+
         for process in processes_of(folder):
             process.kill()
-        if not outcome.problem:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
+        if outcome.problem:
             outcome.problem += f" [{folder}]"
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         return outcome
 
 
-def summed_up(outcomes: Iterable[tuple[Trial, Outcome]]) -> list[Row]:
-    """A row for each name, in the order of the names."""
-    groups: dict[str, list[Outcome]] = {}
+def sum_up(outcomes: Iterable[tuple[Trial, Outcome]]) -> list[Row]:
+    """Make a row for each name, in alphabetical order."""
+    outcomes_by_name: dict[str, list[Outcome]] = {}
     for trial, outcome in outcomes:
-        groups.setdefault(trial.row, []).append(outcome)
-    return [_row(name, groups[name]) for name in sorted(groups)]
+        outcomes_by_name.setdefault(trial.row, []).append(outcome)
+    return [_make_row(name, outcomes_by_name[name]) for name in sorted(outcomes_by_name)]
 
 
-def _row(name: str, outcomes: list[Outcome]) -> Row:
-    good = [outcome for outcome in outcomes if not outcome.problem]
+def _make_row(name: str, outcomes: list[Outcome]) -> Row:
+    as_expected = [outcome for outcome in outcomes if not outcome.problem]
     lost = [steps for outcome in outcomes for steps in outcome.lost]
-    seconds = [each for outcome in outcomes for each in outcome.seconds]
+    seconds = [value for outcome in outcomes for value in outcome.seconds]
     return Row(
-        name,
-        " or ".join(sorted({outcome.expected for outcome in outcomes})),
-        sum(outcome.times for outcome in outcomes),
-        sum(outcome.times for outcome in good),
-        max(outcome.starts for outcome in outcomes),
-        max(lost, default=None),
-        round(statistics.median(seconds), 1) if seconds else None,
-        _share([outcome.state_equal for outcome in outcomes]),
-        _share([outcome.records_equal for outcome in outcomes]),
-        sorted({outcome.note for outcome in outcomes if outcome.note}),
-        [outcome.problem for outcome in outcomes if outcome.problem],
+        fault=name,
+        expected=" or ".join(sorted({outcome.expected for outcome in outcomes})),
+        times=sum(outcome.times for outcome in outcomes),
+        as_expected=sum(outcome.times for outcome in as_expected),
+        most_starts=max(outcome.starts for outcome in outcomes),
+        steps_lost_max=max(lost, default=None),
+        seconds_to_running_median=round(statistics.median(seconds), 1) if seconds else None,
+        state_equal=_share_of_true([outcome.state_equal for outcome in outcomes]),
+        records_equal=_share_of_true([outcome.records_equal for outcome in outcomes]),
+        notes=sorted({outcome.note for outcome in outcomes if outcome.note}),
+        problems=[outcome.problem for outcome in outcomes if outcome.problem],
     )
 
 
-def _share(flags: list[bool | None]) -> str:
-    known = [flag for flag in flags if flag is not None]
-    return f"{sum(known)}/{len(known)}" if known else ""
-
-
-def as_json(row: Row) -> dict[str, object]:
-    return asdict(row)
+def _share_of_true(flags: list[bool | None]) -> str:
+    """As `true/all`, without those that were not compared."""
+    compared = [flag for flag in flags if flag is not None]
+    return f"{sum(compared)}/{len(compared)}" if compared else ""

@@ -1,9 +1,10 @@
 """What each rank of the campaign runs: `lrd.train`, with one fault in it.
 
-rank.py FAULT ARGUMENT RECIPE [section.key=value ...]
+    rank.py FAULT ARGUMENT RECIPE [section.key=value ...]
 
-Rank 0 appends to the file $FAULTS_MARKS `from` and the step that it goes on from, and then each step that it has done,
-with the time: what a start did is known after any kill. `none -` is no fault; most others take `STEP:RANK`.
+Rank 0 appends marks to the file $FAULTS_MARKS, so that it is known after any kill what a start did:
+`from` and the step from which it goes on, and then each step that it has done, each with the time.
+`none -` is no fault; most faults take `STEP:RANK`.
 """
 
 from __future__ import annotations
@@ -16,204 +17,231 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OWN_RANK = int(os.environ.get("RANK", "0"))
+# Modules that a fault changes are imported by the fault, because some must come before the imports.
+
+THIS_RANK = int(os.environ.get("RANK", "0"))
 MARKS = Path(os.environ["FAULTS_MARKS"])
 
 
 def mark(what: object) -> None:
-    if OWN_RANK == 0:
+    if THIS_RANK == 0:
         with MARKS.open("a") as file:
             file.write(f"{what} {time.monotonic()}\n")
 
 
 def mark_steps() -> None:
-    from lrd.progress import Progress
+    from lrd.job.progress import Progress
 
-    enter, step = Progress.__enter__, Progress.step
+    enter = Progress.__enter__
+    after_step = Progress.after_step
 
-    def marked_enter(progress: Any) -> Any:
+    def marking_enter(progress: Any) -> Any:
         mark(f"from {progress.job.step}")
         return enter(progress)
 
-    def marked_step(progress: Any, *arguments: Any) -> None:
-        step(progress, *arguments)
+    def marking_after_step(progress: Any, *arguments: Any) -> None:
+        after_step(progress, *arguments)
         mark(progress.job.step)
 
-    Progress.__enter__, Progress.step = marked_enter, marked_step
+    Progress.__enter__ = marking_enter
+    Progress.after_step = marking_after_step
 
 
-def on_job(act: Callable[[Any], None]) -> None:
-    """Have something done to the job once it is set up."""
+def on_job(change: Callable[[Any], None]) -> None:
+    """Call `change` with the job once it is set up."""
     import lrd.train
 
     train = lrd.train.train
 
-    def disturbed(job: Any, *rest: Any) -> int:
-        act(job)
-        return train(job, *rest)
+    def changed_train(job: Any, *arguments: Any) -> int:
+        change(job)
+        return train(job, *arguments)
 
-    lrd.train.train = disturbed
+    lrd.train.train = changed_train
 
 
-def own_step(argument: str) -> int:
-    """STEP of `STEP:RANK` on that rank, a step that never comes on the others."""
+def step_on_this_rank(argument: str) -> int:
+    """Return STEP of `STEP:RANK` on that rank, and on the others a step that never comes."""
     step, rank = map(int, argument.split(":"))
-    return step if rank == OWN_RANK else -1
+    return step if rank == THIS_RANK else -1
 
 
 def flip_a_weight(argument: str) -> None:
-    """One bit of one weight, after a step."""
+    """Flip one bit of one weight after a step."""
     import torch
 
-    from lrd.progress import Progress
+    from lrd.job.progress import Progress
 
-    at, marked = own_step(argument), Progress.step
+    fault_step = step_on_this_rank(argument)
+    after_step = Progress.after_step
 
-    def step(progress: Any, *arguments: Any) -> None:
-        marked(progress, *arguments)
-        if progress.job.step == at:
-            weight = list(progress.job.network.parameters())[3].detach()
+    def flipping_after_step(progress: Any, *arguments: Any) -> None:
+        after_step(progress, *arguments)
+        if progress.job.step == fault_step:
+            weight = list(progress.job.raw_model.parameters())[3].detach()
             weight.view(torch.int32).view(-1)[7] ^= 1 << 3
 
-    Progress.step = step
+    Progress.after_step = flipping_after_step
 
 
 def spoil_a_gradient(argument: str) -> None:
-    """NaN in one element of one gradient, before the ranks' sums are taken."""
-    at = own_step(argument)
+    """Put NaN into one element of one gradient, before the gradients of the ranks are summed."""
+    fault_step = step_on_this_rank(argument)
 
-    def act(job: Any) -> None:
-        def hook(gradient: Any) -> Any:
-            if job.step + 1 == at:
+    def change(job: Any) -> None:
+        def spoil(gradient: Any) -> Any:
+            if job.step + 1 == fault_step:
                 gradient = gradient.clone()
                 gradient.view(-1)[0] = float("nan")
             return gradient
 
-        list(job.network.parameters())[3].register_hook(hook)
+        list(job.raw_model.parameters())[3].register_hook(spoil)
 
-    on_job(act)
+    on_job(change)
 
 
 def spoil_a_loss(argument: str) -> None:
-    """NaN as the loss of one rank in one step."""
+    """Make the loss of one rank NaN in one step."""
     from torch.nn import functional
 
-    at, cross_entropy = own_step(argument), functional.cross_entropy
+    fault_step = step_on_this_rank(argument)
+    cross_entropy = functional.cross_entropy
 
-    def act(job: Any) -> None:
-        def spoiled(*arguments: Any, **options: Any) -> Any:
+    def change(job: Any) -> None:
+        def spoiled_cross_entropy(*arguments: Any, **options: Any) -> Any:
             loss = cross_entropy(*arguments, **options)
-            return loss * float("nan") if job.step + 1 == at and job.network.training else loss
+            if job.step + 1 == fault_step and job.raw_model.training:
+                loss = loss * float("nan")
+            return loss
 
-        functional.cross_entropy = spoiled
+        functional.cross_entropy = spoiled_cross_entropy
 
-    on_job(act)
+    on_job(change)
 
 
 def change_mask_seed(argument: str) -> None:
-    """Other masks on one rank, from the first step on."""
+    """Draw other masks on one rank, from the first step on."""
 
-    def act(job: Any) -> None:
-        if int(argument) == OWN_RANK:
-            for group in job.optimizer.param_groups:
+    def change(job: Any) -> None:
+        if int(argument) == THIS_RANK:
+            for group in job.raw_optimizer.param_groups:
                 group["mask_seed"] += 1
 
-    on_job(act)
+    on_job(change)
 
 
 def slow_evaluation(argument: str) -> None:
-    """Each batch of an evaluation takes so many seconds."""
+    """Make each batch of an evaluation take some seconds longer."""
     import lrd.train
 
     evaluate = lrd.train.evaluate
 
-    def slow(accelerator: Any, network: Any, images: Any, normalized: Any, *rest: Any, **options: Any) -> Any:
-        def slowly(pixels: Any) -> Any:
+    def slow_evaluate(*, normalize: Any, **arguments: Any) -> Any:
+        def slow_normalize(pixels: Any) -> Any:
             time.sleep(float(argument))
-            return normalized(pixels)
+            return normalize(pixels)
 
         mark("evaluation")
-        return evaluate(accelerator, network, images, slowly, *rest, **options)
+        return evaluate(normalize=slow_normalize, **arguments)
 
-    lrd.train.evaluate = slow
+    lrd.train.evaluate = slow_evaluate
 
 
 def relabel(_: str) -> None:
-    """Another data set under the same name: one label is another."""
-    import lrd.data
+    """Change one label: another data set under the same name."""
+    import lrd.data.datasets
 
-    load = lrd.data.load
+    load_dataset = lrd.data.datasets.load_dataset
 
-    def other(*arguments: Any) -> Any:
-        dataset = load(*arguments)
+    def load_relabelled(*arguments: Any) -> Any:
+        dataset = load_dataset(*arguments)
         dataset.train.labels[0] = (dataset.train.labels[0] + 1) % 10
         return dataset
 
-    lrd.data.load = other
+    lrd.data.datasets.load_dataset = load_relabelled
 
 
 def set_clock_back(argument: str) -> None:
-    """So many days."""
+    """Set the clock back by some days."""
     now = time.time
     time.time = lambda: now() - 86400 * float(argument)
 
 
 def kill_at_event(argument: str) -> None:
-    """`NUMBER:BEGIN`: SIGKILL right before the so-manieth thing done to files under checkpoints/, on rank 0.
+    """Kill rank 0 before an operation on a file under checkpoints/.
 
-    They are counted from the first whose path has BEGIN in it. Number 0: none, each is only marked.
+    Args:
+        argument: `NUMBER:FIRST`. The operations are counted from the first on a path that contains
+            FIRST. With number 0 they are marked, and nothing is killed.
     """
-    number, _, begin = argument.partition(":")
-    seen = [0]
+    number, _, first = argument.partition(":")
+    count = 0
 
-    def event(what: str, path: object, torn: bool = False) -> None:
-        place = str(path)
-        if "/checkpoints" not in place or not (seen[0] or begin in place):
+    def on_event(operation: str, path: object, leaves_half: bool = False) -> None:
+        nonlocal count
+        text = str(path)
+        if "/checkpoints" not in text or not (count or first in text):
             return
-        seen[0] += 1
+
+        count += 1
         if number == "0":
-            mark(f"event {what} {place.partition('/checkpoints')[2] or '/'}")
-        elif seen[0] == int(number):
-            if torn:  # what is there of a file whose writer dies in the middle
-                os.truncate(place, os.path.getsize(place) // 2)
+            mark(f"event {operation} {text.partition('/checkpoints')[2] or '/'}")
+        elif count == int(number):
+            if leaves_half:  # as if the writer had died in the middle of the file
+                os.truncate(text, os.path.getsize(text) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if OWN_RANK == 0:
-        watch_files(event)
+    if THIS_RANK == 0:
+        watch_files(on_event)
 
 
 def path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def watch_files(event: Callable[..., None]) -> None:
-    """Call `event` before each operation on a file that Python announces, and after those that it does not."""
+def watch_files(on_event: Callable[..., None]) -> None:
+    """Call `on_event` before each operation that changes a file.
+
+    Python announces most of them by its audit hooks. What torch and safetensors write is not
+    announced, so for these it is called after they have written a file.
+    """
     import safetensors.torch
     import torch
 
-    fsync, save_file, save = os.fsync, safetensors.torch.save_file, torch.save
+    fsync = os.fsync
+    save_file = safetensors.torch.save_file
+    save = torch.save
 
-    def audited(what: str, arguments: tuple[Any, ...]) -> None:
-        if what in ("os.listdir", "os.scandir") or (what == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            return  # looking changes nothing: a kill before it is a kill after the event before
-        if what.startswith(("os.", "open", "shutil.")) and arguments and isinstance(arguments[0], str | os.PathLike):
-            folder = arguments[1] if what in ("os.remove", "os.rmdir") else -1
-            event(what, arguments[0] if folder == -1 else f"{path_of(folder)}/{arguments[0]}")
+    def audit_hook(operation: str, arguments: tuple[Any, ...]) -> None:
+        # To read changes nothing: a kill before it is a kill after the operation before.
+        if operation in ("os.listdir", "os.scandir"):
+            return
+        if operation == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+
+        is_on_files = operation.startswith(("os.", "open", "shutil."))
+        if is_on_files and arguments and isinstance(arguments[0], str | os.PathLike):
+            # The path may be relative to an open folder.
+            folder = arguments[1] if operation in ("os.remove", "os.rmdir") else -1
+            path = arguments[0] if folder == -1 else f"{path_of(folder)}/{arguments[0]}"
+            on_event(operation, path)
 
     def watched_fsync(descriptor: int) -> None:
-        event("fsync", path_of(descriptor))
+        on_event("fsync", path_of(descriptor))
         fsync(descriptor)
 
-    def torn_save_file(tensors: Any, path: Any) -> None:
+    def watched_save_file(tensors: Any, path: Any) -> None:
         save_file(tensors, path)
-        event("half of save_file", path, torn=True)
+        on_event("half of save_file", path, leaves_half=True)
 
-    def torn_save(state: Any, file: Any, **options: Any) -> None:
+    def watched_save(state: Any, file: Any, **options: Any) -> None:
         save(state, file, **options)
-        event("half of torch.save", getattr(file, "name", file), torn=True)
+        on_event("half of torch.save", getattr(file, "name", file), leaves_half=True)
 
-    sys.addaudithook(audited)
-    os.fsync, safetensors.torch.save_file, torch.save = watched_fsync, torn_save_file, torn_save
+    sys.addaudithook(audit_hook)
+    os.fsync = watched_fsync
+    safetensors.torch.save_file = watched_save_file
+    torch.save = watched_save
 
 
 FAULTS: dict[str, Callable[[str], None]] = {
@@ -229,13 +257,17 @@ FAULTS: dict[str, Callable[[str], None]] = {
 }
 
 if __name__ == "__main__":
-    fault, argument, *arguments = sys.argv[1:]
+    fault, argument, *train_arguments = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    if fault != "clock":
+
+    # lrd must not be imported before the clock is set back.
+    if fault == "clock":
+        FAULTS[fault](argument)
         mark_steps()
-    FAULTS[fault](argument)
-    if fault == "clock":  # lrd must not have seen the time before
+    else:
         mark_steps()
+        FAULTS[fault](argument)
+
     import lrd.train
 
-    lrd.train.main(arguments)
+    lrd.train.main(train_arguments)

@@ -1,4 +1,4 @@
-"""Wrong numbers on one rank; recipes, data and ranks that are others than before; restarts by the launcher."""
+"""Wrong numbers on one rank; changed recipes, data and ranks; restarts by the launcher."""
 
 from __future__ import annotations
 
@@ -8,70 +8,106 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from lrd import checkpoint
+from lrd.checkpoint import store
+from lrd.errors import EXIT_STOPPED, RunError, UserError
 
 from .jobs import End, Failure, Job
 from .lab import Lab, Outcome, Trial
 
-RUN_ERROR, USER_ERROR, STOPPED = 1, 2, 75
 AT = 33  # the step of the fault; the checkpoint before it is that of step 30
 SKIP = "trainer.on_nonfinite=skip"
 
 
 def numbers(lab: Lab) -> Iterator[Trial]:
-    at_once, seldom = f"step {AT}", "step 35"
     for rank in (0, 1, 2):
-        words = (at_once, f"rank {rank} ", "the replicas differ")
-        yield Trial("J one bit of a weight flipped, rank of 3", partial(stops, lab, 3, "bit", f"{AT}:{rank}", words))
-    words, overrides = (seldom, "the replicas differ", "cannot be told"), ("trainer.fingerprint_every=100",)
-    flipped = partial(stops, lab, 2, "bit", f"{AT}:1", words, overrides=overrides)
-    yield Trial("J one bit of a weight flipped, found at the next checkpoint", flipped)
+        words = (f"step {AT}", f"rank {rank} ", "the replicas differ")
+        act = partial(stops, lab, 3, "bit", f"{AT}:{rank}", words)
+        yield Trial("J one bit of a weight flipped on one rank of 3", act)
+
+    # The replicas are compared before a checkpoint, and of two ranks none is in the majority.
+    words = ("step 35", "the replicas differ", "cannot be told")
+    overrides = ("trainer.fingerprint_every=100",)
+    act = partial(stops, lab, 2, "bit", f"{AT}:1", words, overrides=overrides)
+    yield Trial("J one bit of a weight flipped, found at the next checkpoint", act)
+
     for ranks in (1, 2, 3):
         for fault in ("nan_gradient", "nan_loss"):
-            words = (at_once, f"rank {ranks - 1} ", "finite")
-            yield Trial(f"J {fault} on one rank", partial(stops, lab, ranks, fault, f"{AT}:{ranks - 1}", words))
+            words = (f"step {AT}", f"rank {ranks - 1} ", "finite")
+            act = partial(stops, lab, ranks, fault, f"{AT}:{ranks - 1}", words)
+            yield Trial(f"J {fault} on one rank", act)
+
     words = ("step 1:", "mask_seed", "rank 1 ")
-    yield Trial("J another mask seed on one rank", partial(stops, lab, 3, "mask_seed", "1", words, before=0))
+    act = partial(stops, lab, 3, "mask_seed", "1", words, fault_step=0)
+    yield Trial("J another mask seed on one rank", act)
+
     for ranks in (1, 2):
         for fault in ("nan_gradient", "nan_loss"):
-            yield Trial(f"J {fault}, on_nonfinite=skip", partial(skips, ranks, fault, f"{AT}:{ranks - 1}"))
+            act = partial(skips, ranks, fault, f"{AT}:{ranks - 1}")
+            yield Trial(f"J {fault}, on_nonfinite=skip", act)
 
 
 def stops(
-    lab: Lab, ranks: int, fault: str, argument: str, words: tuple[str, ...], folder: Path, *,
-    before: int = AT, overrides: tuple[str, ...] = (),
-) -> Outcome:  # fmt: skip
-    """It stops, with a line that has the words, and with no checkpoint after the fault; without it the run goes on."""
+    lab: Lab,
+    ranks: int,
+    fault: str,
+    argument: str,
+    words: tuple[str, ...],
+    folder: Path,
+    *,
+    fault_step: int = AT,
+    overrides: tuple[str, ...] = (),
+) -> Outcome:
+    """The run stops, and without the fault it goes on.
+
+    Args:
+        fault: see rank.py.
+        argument: of the fault.
+        words: that the line with the error contains.
+        fault_step: no checkpoint may be of this step or a later one.
+        overrides: of the recipe, in the start with the fault.
+    """
     job = Job(folder, ranks)
-    job.start(fault, argument, *overrides).expect(RUN_ERROR, *words)
-    later = [step for step in checkpoint.steps(job.run_dir) if step >= before]
-    if later:
-        raise Failure(f"there are checkpoints of steps {later}, after the fault")
-    return lab.compared(job, Outcome(expected="stopped", starts=job.finish(most_starts=1)))
+    job.start(fault, argument, *overrides).wait_for_error(RunError.status, *words)
+    late_steps = [step for step in store.list_steps(job.run_dir) if step >= fault_step]
+    if late_steps:
+        raise Failure(f"there are checkpoints of steps {late_steps}, after the fault")
+    return lab.finish_and_compare(job, "stopped")
 
 
 def skips(ranks: int, fault: str, argument: str, folder: Path) -> Outcome:
-    """The step is skipped and counted; killed soon after it and started again, the run ends the same."""
-    whole, parts = (Job(folder / name, ranks, SKIP) for name in ("whole", "parts"))
-    for job in (whole, parts):
-        start = job.start(fault, argument)
-        if job is parts:
-            start.reach(AT + 1)
-            start.signal("all")
-            start.wait()
-            start = job.start(fault, argument)
-        if start.wait():
-            raise Failure(start.tail())
-        if json.loads((job.run_dir / "status.json").read_text())["skipped"] != 1:
-            raise Failure(f"status.json of {job.run_dir} does not say that a step was skipped")
-    ends = End.of(whole.run_dir), End.of(parts.run_dir)
-    outcome = Outcome(expected="skipped", lost=parts.steps_lost(), seconds=parts.seconds_to_running())
-    outcome.state_equal, outcome.records_equal = ends[0].state == ends[1].state, ends[0].records == ends[1].records
-    outcome.problem = "" if ends[0] == ends[1] else "the run in two parts differs from the run in one"
-    return outcome
+    """The step is skipped and counted, also by a run that is killed soon after it."""
+    whole = Job(folder / "whole", ranks, SKIP)
+    require_one_skipped_step(whole, fault, argument)
+
+    parts = Job(folder / "parts", ranks, SKIP)
+    start = parts.start(fault, argument)
+    start.wait_for_step(AT + 1)
+    start.signal("all")
+    start.wait()
+    require_one_skipped_step(parts, fault, argument)
+
+    whole_end = End.read(whole.run_dir)
+    parts_end = End.read(parts.run_dir)
+    is_equal = whole_end == parts_end
+    return Outcome(
+        expected="skipped",
+        lost=parts.steps_lost(),
+        seconds=parts.seconds_to_running(),
+        state_equal=whole_end.state == parts_end.state,
+        records_equal=whole_end.records == parts_end.records,
+        problem="" if is_equal else "the run in two parts differs from the run in one",
+    )
+
+
+def require_one_skipped_step(job: Job, fault: str, argument: str) -> None:
+    """Run a job with a fault to its end, and raise Failure unless it skipped one step."""
+    job.start(fault, argument).wait_for_success()
+    if json.loads((job.run_dir / "status.json").read_text())["skipped"] != 1:
+        raise Failure(f"status.json of {job.run_dir} does not count one skipped step")
 
 
 def changes(lab: Lab) -> Iterator[Trial]:
+    # Row -> fault, override, and what the error must name.
     refusals = {
         "K optimizer.lr changed": ("none", "optimizer.lr=0.01", "optimizer.lr: "),
         "K data.augment changed": ("none", "data.augment=none", "data.augment: "),
@@ -80,56 +116,71 @@ def changes(lab: Lab) -> Iterator[Trial]:
     for row, (fault, override, word) in refusals.items():
         for ranks in (1, 2):
             yield Trial(row, partial(refused, lab, ranks, fault, override, word))
-    yield Trial("K a batch that the ranks cannot share", partial(not_shared, lab))
+    yield Trial("K a batch that the ranks cannot share", partial(batch_not_shared, lab))
     yield Trial("K another number of ranks, 2, 1, 2", other_ranks)
 
 
 def refused(lab: Lab, ranks: int, fault: str, override: str, word: str, folder: Path) -> Outcome:
-    """In a line that names the key, and one that says how to go on; the run goes on when the cause is gone."""
+    """The start is refused, and the run goes on when the cause is removed.
+
+    One line names what has changed, another tells the user how to go on.
+    """
     job = Job(folder, ranks)
     start = job.start()
-    start.reach(20)
+    start.wait_for_step(20)
     start.signal("all")
     start.wait()
-    job.start(fault, "-", override).expect(USER_ERROR, word, lines=2)
-    return lab.compared(job, Outcome(expected="refused", starts=job.finish(most_starts=1)))
+
+    changed_start = job.start(fault, "-", override)
+    changed_start.wait_for_error(UserError.status, word, num_lines=2)
+    return lab.finish_and_compare(job, "refused")
 
 
-def not_shared(lab: Lab, folder: Path) -> Outcome:
+def batch_not_shared(lab: Lab, folder: Path) -> Outcome:
     job = Job(folder, 3)
-    job.start("none", "-", "data.batch_size=50").expect(USER_ERROR, "data.batch_size: is 50", "48 or 51")
-    return lab.compared(job, Outcome(expected="refused", starts=job.finish(most_starts=1)))
+    start = job.start("none", "-", "data.batch_size=50")
+    start.wait_for_error(UserError.status, "data.batch_size: is 50", "48 or 51")
+    return lab.finish_and_compare(job, "refused")
 
 
 def other_ranks(folder: Path) -> Outcome:
-    """The numbers are others in the last bits, for the sums are taken otherwise; no step is lost or done twice."""
+    """No step is lost or done twice.
+
+    The final state is not compared: sums over other ranks differ in their last bits.
+    """
     job = Job(folder, 2)
-    for ranks, until in ((2, 20), (1, 40)):
+    for ranks, last_step in ((2, 20), (1, 40)):
         start = job.start(ranks=ranks)
-        start.reach(until)
+        start.wait_for_step(last_step)
         start.signal("ranks", signal.SIGTERM)
-        start.expect(STOPPED)
-    job.finish(most_starts=1)
-    outcome = Outcome(lost=job.steps_lost(), seconds=job.seconds_to_running())
-    outcome.records_equal = End.of(job.run_dir).has_every_step_once()
-    outcome.problem = "" if outcome.records_equal and not any(outcome.lost) else f"steps lost: {outcome.lost}"
-    return outcome
+        start.wait_for_error(EXIT_STOPPED)
+    job.finish(max_starts=1)
+
+    lost = job.steps_lost()
+    has_every_step_once = End.read(job.run_dir).has_every_step_once()
+    is_good = has_every_step_once and not any(lost)
+    return Outcome(
+        lost=lost,
+        seconds=job.seconds_to_running(),
+        records_equal=has_every_step_once,
+        problem="" if is_good else f"steps lost: {lost}",
+    )
 
 
 def launcher_restarts(lab: Lab) -> Iterator[Trial]:
     for ranks, rank in ((2, 0), (2, 1), (3, 1)):
-        yield Trial("L SIGKILL of a rank under --max_restarts 3", partial(restarted, lab, ranks, rank))
+        row = "L SIGKILL of a rank under --max_restarts 3"
+        yield Trial(row, partial(restarted, lab, ranks, rank))
 
 
 def restarted(lab: Lab, ranks: int, rank: int, folder: Path) -> Outcome:
-    """The launcher starts the ranks anew: no second command."""
+    """The launcher starts the ranks again, without a second command."""
     job = Job(folder, ranks)
-    start = job.start(launcher=("--max_restarts", "3"))
-    start.reach(lab.draw("restart", ranks, rank).randint(6, 45))
+    start = job.start(launcher_options=("--max_restarts", "3"))
+    start.wait_for_step(lab.draw("restart", ranks, rank).randint(6, 45))
     start.signal(f"rank {rank}")
-    if start.wait():
-        raise Failure(start.tail())
-    job.refuse_orphans()
+    start.wait_for_success()
+    job.require_no_orphans()
     if len(start.lives()) < 2:
         raise Failure(f"the ranks were not started again: {start.tail()}")
-    return lab.compared(job, Outcome())
+    return lab.compare(job, Outcome())

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# A SLURM of three nodes on this machine, for as long as COMMAND (a shell, where none is given) runs on its login host:
+# A SLURM of three nodes on this machine, for as long as COMMAND (default: a shell) runs on its
+# login host:
 #
 #   sudo tests/slurm/cluster.sh [COMMAND ...]
 #
-# Needs root and Debian's packages slurm-wlm, munge and iproute2. As far as programs can tell each node is a host of its
-# own: its processes, its network with an interface of another name, a host name that is not the node's name.
-# All of it lives in one process namespace, which the kernel empties when the script ends in whatever way, and in one
-# mount namespace, where a file system in memory covers /etc/slurm: nothing stays behind, nothing of the host's is changed.
+# Needs root and Debian's packages slurm-wlm, munge and iproute2. For programs, each node is a host
+# of its own: it has its own processes and its own network, with an interface of another name, and
+# its host name is not the name of the node.
+#
+# All of it is in one process namespace, which the kernel empties however the script ends, and in
+# one mount namespace, where a file system in memory covers /etc/slurm. So nothing stays behind, and
+# nothing of this machine is changed.
 set -euo pipefail
 
 nodes=(n1 n2 n3)
@@ -14,10 +18,10 @@ hosts=(anton berta caesar)
 interfaces=(eth0 ens5 bond7)
 network=10.77.0
 folder=/etc/slurm
-spaces=(--pid --fork --kill-child --mount-proc --net --uts)
+namespaces=(--pid --fork --kill-child --mount-proc --net --uts)
 
 case ${1:-} in
---login) # inside
+--login) # inside the namespaces
     shift
     ;;
 --node)
@@ -30,7 +34,7 @@ case ${1:-} in
     exit
     ;;
 *)
-    exec unshare "${spaces[@]}" "$0" --login "$@"
+    exec unshare "${namespaces[@]}" "$0" --login "$@"
     ;;
 esac
 
@@ -41,10 +45,15 @@ ip link add switch type bridge
 ip address add "$network.1/24" dev switch
 ip link set switch up
 
-# cgroups are left out (proctrack/linuxproc): a test is not to write to the host's.
-# Shorter than SLURM's defaults: cred_expire, how long a requeued job is held back (120 s); SlurmdTimeout, when a silent node
-# counts as dead (300 s; longer than the 32 s after which srun gives up a task); bf_interval, between looks at the queue (30 s).
-# JobRequeue, KillOnBadExit and WaitTime are what some sites have, and the script must stand.
+# There are no cgroups (proctrack/linuxproc), because a test must not write to this machine's.
+#
+# Some times are shorter than SLURM's defaults:
+# - cred_expire: how long a requeued job is held back (120 s)
+# - SlurmdTimeout: when a silent node counts as dead (300 s); it stays longer than the 32 s after
+#   which srun gives up a task
+# - bf_interval: between looks at the queue (30 s)
+#
+# JobRequeue, KillOnBadExit and WaitTime are settings of some sites that the script must cope with.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=login($network.1)
@@ -77,18 +86,25 @@ done)
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 
-echo "Name=gpu File=/dev/null,/dev/zero" >"$folder/gres.conf" # two by SLURM's account: it looks for files only
+# SLURM only checks that the files are there: for it these are two GPUs.
+echo "Name=gpu File=/dev/null,/dev/zero" >"$folder/gres.conf"
+
 dd if=/dev/urandom of="$folder/munge.key" bs=64 count=1 status=none
 chmod 600 "$folder/munge.key"
 mkdir "$folder/state" "${nodes[@]/#/$folder/spool.}"
-munged --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
-    --seed-file="$folder/munged.seed" --log-file="$folder/munged.log" 2>"$folder/munged.err"
+munged --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
+    --pid-file="$folder/munged.pid" --seed-file="$folder/munged.seed" \
+    --log-file="$folder/munged.log" 2>"$folder/munged.err"
 slurmctld -D &>/dev/null &
 
 for i in "${!nodes[@]}"; do
-    unshare "${spaces[@]}" "$0" --node "$i" &>"$folder/node.${nodes[i]}.log" &
+    unshare "${namespaces[@]}" "$0" --node "$i" &>"$folder/node.${nodes[i]}.log" &
     echo $! >"$folder/node.${nodes[i]}.pid"
-    while [[ $(readlink "/proc/$!/ns/net") == "$(readlink /proc/self/ns/net)" ]]; do sleep 0.01; done
+
+    # Until the node has its own network.
+    while [[ $(readlink "/proc/$!/ns/net") == "$(readlink /proc/self/ns/net)" ]]; do
+        sleep 0.01
+    done
     ip link add "to-${nodes[i]}" type veth peer name "${interfaces[i]}" netns $!
     ip link set "to-${nodes[i]}" master switch up
 done

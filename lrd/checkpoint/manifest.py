@@ -1,0 +1,139 @@
+"""The manifest of a checkpoint: size and SHA-256 of each of its files, and a SHA-256 of itself.
+
+torch.load and safetensors load a file with a flipped bit without an error. Therefore nothing is
+loaded before the size and the hash of each file have been compared with `manifest.json`.
+
+The manifest contains the SHA-256 of its own entries, and the same entries are always written as the
+same bytes. So a changed byte in the manifest is noticed too. Otherwise a flipped bit in the layout
+version would make a damaged checkpoint look like one that another version of lrd wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lrd.errors import first_line
+
+NAME = "manifest.json"
+LAYOUT_VERSION = 2  # the layout version that is written, and the only one that is read
+
+
+def write_manifest(folder: Path, step: int, files: Iterable[str]) -> None:
+    """Measure the files in a folder and write the manifest beside them.
+
+    Args:
+        folder: the folder of one checkpoint.
+        step: the step that the checkpoint belongs to.
+        files: names of the files in `folder`.
+    """
+    entries = {
+        "format": LAYOUT_VERSION,
+        "step": step,
+        "files": {file: _measure(folder / file) for file in files},
+    }
+    (folder / NAME).write_text(_render(entries), encoding="utf-8")
+
+
+def layout_version(folder: Path) -> Any:
+    """Return the layout version in a folder's manifest, or None if there is no valid manifest."""
+    entries, _ = _read(folder)
+    return None if entries is None else entries["format"]
+
+
+def find_damage(folder: Path, step: int, files: Iterable[str]) -> str | None:
+    """Compare a folder with its manifest.
+
+    Args:
+        folder: the folder of one checkpoint.
+        step: the step in the folder's name. A folder that was renamed to another step counts as
+            damaged.
+        files: names of the files that must be there.
+
+    Returns:
+        One line that names the first file that is wrong and the reason; None if the size and the
+        hash of each file match.
+    """
+    entries, error_line = _read(folder)
+    if entries is None:
+        return error_line
+
+    if entries["format"] != LAYOUT_VERSION:
+        version = entries["format"]
+        return f"{NAME}: layout version {version!r}, this lrd reads {LAYOUT_VERSION}"
+
+    if entries.get("step") != step:
+        return f"{NAME}: is of step {entries.get('step')}"
+
+    listed = entries.get("files")
+    if not isinstance(listed, dict) or set(listed) != set(files):
+        return f"{NAME}: does not list the files of a checkpoint"
+
+    for file in files:
+        try:
+            measured = _measure(folder / file)
+        except FileNotFoundError:
+            return f"{file}: missing"
+        except OSError as error:
+            return f"{file}: cannot be read: {first_line(error)}"
+
+        if measured != listed[file]:
+            return f"{file}: {_describe_difference(measured, listed[file])}"
+
+    return None
+
+
+def _describe_difference(measured: dict[str, Any], listed: Any) -> str:
+    """Name the first entry of a file that differs from the manifest's."""
+    expected = listed if isinstance(listed, dict) else {}
+
+    # If all measured entries match, the manifest lists something more than those.
+    differing = [key for key in measured if measured[key] != expected.get(key)]
+    key = differing[0] if differing else "entry"
+    return f"{key} is {measured.get(key)}, the manifest says {expected.get(key)}"
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Read a manifest. Returns its entries and "", or None and a line with the reason."""
+    if not (folder / NAME).is_file():
+        return None, f"{NAME}: missing"
+
+    try:
+        raw = (folder / NAME).read_bytes()
+        entries = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
+        return None, f"{NAME}: cannot be read: {first_line(error)}"
+
+    if not isinstance(entries, dict) or "format" not in entries:
+        return None, f"{NAME}: does not list the files of a checkpoint"
+
+    digest = entries.pop("sha256", None)
+    if digest is None and entries["format"] == LAYOUT_VERSION:
+        return None, f"{NAME}: sha256 of its entries is missing"
+
+    # Another layout need not have a digest, so its version is reported as it stands. Our own layout
+    # never gets here with one damaged byte: without its digest it was refused above; with another
+    # version it still has a digest.
+    if digest is None:
+        return entries, ""
+
+    # Comparing all bytes covers the digest too: _render computes it again.
+    if raw != _render(entries).encode():
+        return None, f"{NAME}: sha256 of its entries is not {digest}"
+    return entries, ""
+
+
+def _render(entries: dict[str, Any]) -> str:
+    """Return the text of a manifest: the entries, and the SHA-256 of them as the last one."""
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**entries, "sha256": digest}, indent=1) + "\n"
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    """Return the size of a file in bytes and its SHA-256."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": stream.tell(), "sha256": digest}

@@ -1,0 +1,251 @@
+"""A folder of image files as one uint8 tensor, decoded once and then read from a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lrd import console
+from lrd.data.folder_lock import one_process_at_a_time
+from lrd.errors import UserError, first_line
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+)
+_DIGEST_BYTES = 32
+
+
+def read_folder(
+    folder: Path, size: int | None, skip_corrupt: bool
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Read all images in `folder/<class>/`, from the cache if it is up to date.
+
+    Args:
+        folder: contains one folder for each class.
+        size: images are resized to size x size pixels; None: the height of the first image.
+        skip_corrupt: report a file that cannot be decoded and leave it out, instead of failing.
+
+    Returns:
+        Pixels, uint8 (N, 3, size, size); labels, int64 (N,); and the names of the classes. Classes
+        and files are sorted by name.
+
+    Raises:
+        UserError: the folder is missing, a class has no image, or a file cannot be decoded.
+    """
+    files, classes = list_folder(folder)
+    cache = _cache_path(folder, files, size, skip_corrupt)
+
+    tensors = _read_cache(cache)
+    if tensors is None:
+        with one_process_at_a_time(cache.parent):
+            tensors = _read_cache(cache)  # another host may have written it in the meantime
+            if tensors is None:
+                size = size or _first_image_height(files, skip_corrupt)
+                tensors = _decode_all(folder, files, classes, size, skip_corrupt)
+                _write_cache(cache, tensors)
+
+    return tensors["pixels"], tensors["labels"], classes
+
+
+def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """List the image files in `folder/<class>/`.
+
+    Returns:
+        Each file with its label, and the names of the classes; both sorted by name.
+
+    Raises:
+        UserError: the folder is missing, or a class in it has no image.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"data.root: {folder} is not a folder; "
+            "imagefolder needs train/<class>/* and test/<class>/* there"
+        )
+
+    names = []
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            names.append(entry.name)
+    classes = tuple(sorted(names))
+
+    files_of_class = [_image_files(folder / name) for name in classes]
+    if not any(files_of_class):
+        raise UserError(f"data.root: no image in {folder}/<class>/")
+
+    labelled_files = []
+    for label, paths in enumerate(files_of_class):
+        if not paths:
+            raise UserError(f"data.root: no image in {folder / classes[label]}")
+        for path in paths:
+            labelled_files.append((path, label))
+    return labelled_files, classes
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """List the image files in one folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _first_image_height(files: list[tuple[Path, int]], skip_corrupt: bool) -> int:
+    """Height in pixels of the first image that can be opened."""
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                return image.height
+        except Exception as error:
+            if not skip_corrupt:
+                raise _corrupt_file_error(path, error) from None
+
+    first_path, _ = files[0]
+    folder = first_path.parent.parent
+    raise UserError(f"data.root: no readable image in {folder}")
+
+
+def _decode_all(
+    folder: Path,
+    files: list[tuple[Path, int]],
+    classes: tuple[str, ...],
+    size: int,
+    skip_corrupt: bool,
+) -> dict[str, Tensor]:
+    """Decode all files, several at a time.
+
+    Returns:
+        `pixels`, uint8 (N, 3, size, size), and `labels`, int64 (N,).
+
+    Raises:
+        UserError: a file cannot be decoded, or no file of a class can.
+    """
+    pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
+    labels: list[int] = []
+
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it decodes
+        images = pool.map(lambda file: _decode(file[0], size), files)
+        files_and_images = zip(files, images, strict=True)
+        for (path, label), image in console.track(
+            files_and_images, f"decoding {folder}", total=len(files)
+        ):
+            if isinstance(image, Exception):
+                if not skip_corrupt:
+                    pool.shutdown(cancel_futures=True)
+                    raise _corrupt_file_error(path, image)
+                reason = _describe_decode_error(image)
+                console.info(f"{path}: not a readable image ({reason}); left out")
+                continue
+
+            pixels[len(labels)] = image
+            labels.append(label)
+
+    decoded_labels = set(labels)
+    for label, name in enumerate(classes):
+        if label not in decoded_labels:
+            raise UserError(f"data.root: no readable image in {folder / name}")
+    return {"pixels": torch.from_numpy(pixels[: len(labels)]), "labels": torch.tensor(labels)}
+
+
+def _decode(path: Path, size: int) -> NDArray[np.uint8] | Exception:
+    """Decode one file.
+
+    Returns:
+        uint8 (3, size, size), or the error.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = _to_rgb(image)
+        if rgb.size != (size, size):
+            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(rgb).transpose(2, 0, 1)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        return error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB with 8 bits a channel."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _corrupt_file_error(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path}: not a readable image ({_describe_decode_error(error)}); "
+        "data.skip_corrupt=true leaves such files out"
+    )
+
+
+def _describe_decode_error(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
+        return "cannot identify image file"
+    return first_line(error)
+
+
+def _cache_path(
+    folder: Path, files: list[tuple[Path, int]], size: int | None, skip_corrupt: bool
+) -> Path:
+    """Path of the cache for a folder's present content.
+
+    The name contains a digest of the files' paths, sizes and modification times, so that a changed,
+    added or removed file leads to a new cache. The cache is beside the folder, or in the user's
+    cache directory if the place beside the folder is not writable.
+    """
+    digest = hashlib.sha256(f"{folder.resolve()} {size} {skip_corrupt}".encode())
+    for path, _ in files:
+        try:
+            stat = path.stat()
+        except OSError:  # a dangling link; decoding will find that it cannot be read
+            continue
+        digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    name = f"{folder.name}-{digest.hexdigest()[:16]}.cache"
+
+    if os.access(folder.parent, os.W_OK):
+        return folder.parent / ".lrd-cache" / name
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return user_cache / "lrd" / name
+
+
+def _read_cache(path: Path) -> dict[str, Tensor] | None:
+    """Read a cache: the SHA-256 of the rest of the file, then `safetensors`.
+
+    The digest is checked, because a flipped bit in the pixels would otherwise go unnoticed.
+
+    Returns:
+        The tensors of `_decode_all`; None if the cache is missing or damaged.
+    """
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return None
+
+    digest = content[:_DIGEST_BYTES]
+    tensors = content[_DIGEST_BYTES:]
+    if hashlib.sha256(tensors).digest() != digest:
+        return None
+    return load(bytes(tensors))
+
+
+def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a cache in one rename; if that fails, report it and go on without."""
+    content = save(tensors)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(hashlib.sha256(content).digest())
+            stream.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        console.info(
+            f"{path}: the cache of decoded images could not be written ({first_line(error)}); "
+            "the next start decodes them again"
+        )

@@ -1,0 +1,245 @@
+"""What the ranks tell each other: objects, errors, and the statistics of a step.
+
+All ranks must call these functions, except for the first three, which ask no other rank. A process
+that is alone gets its own values back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lrd.distributed.meeting import describe_differences
+from lrd.errors import UserError, describe_os_error
+
+T = TypeVar("T")
+
+
+def process_index() -> int:
+    """The rank of this process; 0 where it is alone."""
+    return int(dist.get_rank()) if dist.is_initialized() else 0
+
+
+def describe_rank() -> str:
+    """This rank and its host, for messages."""
+    return f"rank {process_index()} on {socket.gethostname()}"
+
+
+def should_report_errors() -> bool:
+    """Whether this process prints an error that all ranks have.
+
+    Rank 0 does; before the ranks have met, one process of each host.
+    """
+    if dist.is_initialized():
+        return process_index() == 0
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def all_gather_object(value: T) -> list[T]:
+    """The values of all ranks, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T, source: int) -> T:
+    """The value of rank `source`, on every rank."""
+    if not dist.is_initialized():
+        return value
+
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=source)
+    result: T = values[0]
+    return result
+
+
+def broadcast_from_main(value: T) -> T:
+    """The value of rank 0, on every rank."""
+    return broadcast_object(value, source=0)
+
+
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Call `action` on every rank, and raise on all of them if it fails on one.
+
+    Otherwise a rank that fails alone would leave the others waiting for it until the process
+    group's timeout. A UserError and an OSError count as failures; others are faults of the program.
+
+    Raises:
+        UserError: its lines name the ranks, unless all ranks have the same error.
+    """
+    result = None
+    message = None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = describe_os_error(error)
+
+    reports = all_gather_object((message, describe_rank()))
+    messages = {rank_message for rank_message, _ in reports}
+    if messages == {None}:
+        return result  # type: ignore[return-value]
+
+    # The same fault on all ranks, such as a wrong recipe, is one line and not one for each rank.
+    if len(messages) == 1:
+        raise UserError(str(reports[0][0]))
+
+    lines = [
+        f"{rank_name}: {line}"
+        for rank_message, rank_name in reports
+        if rank_message
+        for line in rank_message.splitlines()
+    ]
+    raise UserError("\n".join(lines))
+
+
+def run_on_main_process(action: Callable[[], T]) -> T:
+    """Call `action` on rank 0 alone.
+
+    Returns:
+        Its result, on every rank.
+
+    Raises:
+        UserError: `action` raised it, or an OSError; on every rank.
+    """
+    # An error is broadcast like a result: if rank 0 raised at once, the others would wait for it.
+    result = None
+    message = None
+    if process_index() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        except OSError as error:  # a full disk, for example
+            message = describe_os_error(error)
+
+    result, message = broadcast_from_main((result, message))
+    if message is not None:
+        raise UserError(message)
+    return result  # type: ignore[return-value]
+
+
+def local_main_process_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Call `action` on every rank, but on one rank of each host before the others.
+
+    The first one downloads or decodes; the others find it done.
+    """
+    # Two collectives, each a barrier: the later ranks begin when the first ones are done.
+    is_first = accelerator.is_local_main_process
+    first_result = run_on_all_ranks(lambda: action() if is_first else None)
+    later_result = run_on_all_ranks(lambda: None if is_first else action())
+    return first_result if is_first else later_result  # type: ignore[return-value]
+
+
+def require_equal_on_all_ranks(facts: dict[str, Any]) -> None:
+    """Refuse to go on where the ranks do not have the same facts.
+
+    Raises:
+        UserError: a line for each fact that differs, with the ranks that have it otherwise than
+            rank 0.
+    """
+    reports = all_gather_object((describe_rank(), facts))
+    names = [name for name, _ in reports]
+    lines = describe_differences(names, [rank_facts for _, rank_facts in reports])
+    if lines:
+        raise UserError(lines)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to all ranks.
+
+    BatchNorm's running statistics differ between ranks until DDP's next forward pass.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What the ranks told each other in one step; the same on every rank.
+
+    Attributes:
+        losses: the loss of each rank.
+        grad_norms: the gradient norm of each rank. It is the norm of the reduced gradient, so the
+            same on all ranks if all is well.
+        stop_signal: a signal that any rank has received; 0: none.
+        has_checkpoint_error: whether the main process could not write a checkpoint.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    stop_signal: int
+    has_checkpoint_error: bool
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over the global batch."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def has_finite_losses(self) -> bool:
+        """Whether the losses of all ranks are finite."""
+        return all(map(math.isfinite, self.losses))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses and gradient norms of all ranks are finite."""
+        return self.has_finite_losses and all(map(math.isfinite, self.grad_norms))
+
+
+def gather_step_statistics(
+    loss: Tensor, grad_norm: Tensor, stop_signal: int, has_checkpoint_error: bool = False
+) -> StepStatistics:
+    """Exchange the statistics of a step between the ranks. The CPU waits for the GPU.
+
+    Args:
+        loss: this rank's loss, float32 ().
+        grad_norm: this rank's gradient norm, float32 ().
+        stop_signal: the signal that this rank has received; 0: none.
+        has_checkpoint_error: whether this rank could not write a checkpoint.
+    """
+    # One tensor, and so one collective, for all that the ranks exchange. float64 represents a
+    # float32 and a signal's number exactly.
+    flags = torch.tensor(
+        [stop_signal, has_checkpoint_error], dtype=torch.float64, device=loss.device
+    )
+    figures = torch.stack([loss.detach().double(), grad_norm.detach().double()])
+    local_row = torch.cat([figures, flags])  # float64 (4,)
+
+    rows = [local_row]
+    if dist.is_initialized():
+        rows = [torch.empty_like(local_row) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, local_row)
+
+    table = torch.stack(rows).cpu()  # (world_size, 4)
+    return StepStatistics(
+        losses=table[:, 0].tolist(),
+        grad_norms=table[:, 1].tolist(),
+        stop_signal=int(table[:, 2].max()),
+        has_checkpoint_error=bool(table[:, 3].max()),
+    )
+
+
+def gather_stop_signal(accelerator: Accelerator, stop_signal: int) -> int:
+    """A signal that any rank has received; 0: none. The CPU waits for the GPU.
+
+    Args:
+        accelerator: the Accelerator of this rank.
+        stop_signal: the signal that this rank has received; 0: none.
+    """
+    zero = torch.zeros((), device=accelerator.device)
+    return gather_step_statistics(zero, zero, stop_signal).stop_signal

@@ -1,0 +1,193 @@
+"""Which rank is missing when a collective fails.
+
+The other ranks only see that a connection was closed or that the time is up, not by whom. So each
+rank has a thread that answers a roll call, whatever its main thread is waiting for: a process that
+is gone or stopped does not answer, and one that hangs says where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+import lrd
+from lrd.distributed.network import call_with_timeout
+from lrd.errors import first_line
+
+_SECONDS_TO_ANSWER = 3.0  # several times _POLL_SECONDS, at which a rank looks for a call
+_SECONDS_TO_CONNECT = 5.0
+_POLL_SECONDS = 0.5
+_COLLECTIVE_ERROR = re.compile(
+    r"gloo|NCCL|TCPStore|pair closure|[Cc]onnection (closed|reset|refused)|[Tt]imed out"
+)
+_PACKAGE_FOLDER = str(Path(lrd.__file__).parent)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an exception comes from a failed collective and not from a fault in the program."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or _COLLECTIVE_ERROR.search(str(error)) is not None
+
+
+def failure_reason(error: BaseException) -> str:
+    """What a collective says about its failure, without the line of its sources and the advice."""
+    return re.sub(r"^\[[^]]*\] ", "", first_line(error)).split(". ")[0]
+
+
+@dataclass(frozen=True)
+class RollCallResult:
+    """What a roll call found, and who prints it.
+
+    Attributes:
+        is_reporter: whether this rank prints it; False if another rank called the roll first.
+        text: the ranks that did not answer, or the place of each rank if all did; empty if no roll
+            was called.
+    """
+
+    is_reporter: bool
+    text: str
+
+
+class RollCall:
+    """Answers for this rank from a thread, and calls the roll when something failed.
+
+    A single rank needs none.
+
+    Attributes:
+        step: the number of steps done so far, which is part of the answer.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._prefix = ""
+
+    def start(self, prefix: str) -> None:
+        """Answer from now on.
+
+        Args:
+            prefix: the prefix of this start's keys in the launcher's store, see
+                `rank_rendezvous.RankGroup`.
+        """
+        self._prefix = prefix
+        if _has_other_ranks():
+            threading.Thread(target=self._answer, name="roll call", daemon=True).start()
+
+    def call(self) -> RollCallResult:
+        """Find out who does not answer, or where each rank is if all do."""
+        if not _has_other_ranks():
+            return RollCallResult(is_reporter=True, text="")
+
+        rank = dist.get_rank()
+        answer = self._describe_this_rank()
+        try:
+            answers = call_with_timeout(
+                _SECONDS_TO_ANSWER + 2 * _SECONDS_TO_CONNECT,
+                lambda: self._collect_answers(rank, answer),
+            )
+        except (RuntimeError, ValueError, OSError):
+            # Without the store the ranks cannot agree on who reports this, so each of them does.
+            return RollCallResult(
+                is_reporter=True,
+                text="rank 0 is gone, or the host that kept the ranks' store, "
+                "or the way there is cut",
+            )
+
+        if answers is None:
+            return RollCallResult(is_reporter=False, text="")
+
+        missing = [f"rank {rank}" for rank in range(dist.get_world_size()) if rank not in answers]
+        if missing:
+            return RollCallResult(
+                is_reporter=True,
+                text=f"{', '.join(missing)} did not answer a roll call: gone, stopped or cut off",
+            )
+
+        places = [
+            f"rank {rank} on {answer['host']} after step {answer['step']}, in {answer['where']}"
+            for rank, answer in answers.items()
+        ]
+        return RollCallResult(
+            is_reporter=True, text=f"all ranks answered a roll call: {'; '.join(places)}"
+        )
+
+    def _answer(self) -> None:
+        # An error means that the store went with the rank or launcher that kept it.
+        with suppress(RuntimeError, ValueError, OSError):
+            store = _connect_to_store()
+
+            # torch's own wait() would print stack frames when the store goes away.
+            while not store.check([self._key("call")]):
+                time.sleep(_POLL_SECONDS)
+            store.set(self._key(dist.get_rank()), self._describe_this_rank())
+
+    def _describe_this_rank(self) -> str:
+        main_frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return json.dumps(
+            {"host": socket.gethostname(), "step": self.step, "where": _innermost_place(main_frame)}
+        )
+
+    def _collect_answers(self, rank: int, answer: str) -> dict[int, dict[str, Any]] | None:
+        """The answers by rank. None: another rank called the roll first and collects them."""
+        store = _connect_to_store()
+        store.set(self._key(rank), answer)
+        store.set(self._key("call"), "now")
+
+        # All ranks see the failure and call. The first one collects, so that one line is printed.
+        if store.add(self._key("callers"), 1) > 1:
+            return None
+
+        ranks = range(dist.get_world_size())
+        keys = [self._key(other) for other in ranks]
+        deadline = time.monotonic() + _SECONDS_TO_ANSWER
+        while time.monotonic() < deadline and not store.check(keys):
+            time.sleep(0.05)
+
+        answered = [other for other in ranks if store.check([self._key(other)])]
+        return {other: json.loads(store.get(self._key(other))) for other in answered}
+
+    def _key(self, what: object) -> str:
+        return f"{self._prefix}/roll_call/{what}"
+
+
+def _has_other_ranks() -> bool:
+    """Whether there is a roll to call, and a launcher's store to call it in."""
+    return dist.is_initialized() and dist.get_world_size() > 1 and "MASTER_ADDR" in os.environ
+
+
+def _connect_to_store() -> Any:
+    """Open another connection to the launcher's store: the process group's is busy.
+
+    Raises:
+        OSError: nothing listens there. This is tried first because torch would print stack frames.
+    """
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    socket.create_connection((address, port), timeout=_SECONDS_TO_CONNECT).close()
+
+    timeout = timedelta(seconds=_SECONDS_TO_CONNECT)
+    return dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def _innermost_place(frame: FrameType | None) -> str:
+    """The innermost place of this package on a stack, as `file:line function`."""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if filename.startswith(_PACKAGE_FOLDER) and filename != __file__:
+            return f"{Path(filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+
+    return "no code of lrd"

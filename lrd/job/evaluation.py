@@ -1,0 +1,79 @@
+"""Accuracy and loss on the test set, over all ranks; each sample counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lrd.data.datasets import Images
+from lrd.distributed.communication import broadcast_buffers, gather_stop_signal
+
+_BATCHES_BETWEEN_SIGNAL_CHECKS_ON_GPU = 20  # each check makes the CPU wait for the GPU
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: Images,
+    normalize: Callable[[Tensor], Tensor],
+    batch_size: int,
+    stop_signal: Callable[[], int] = lambda: 0,
+) -> dict[str, float] | None:
+    """Mean loss and accuracy over `images`.
+
+    Each rank evaluates a contiguous part of the images; its last batch may be short. Only sums are
+    exchanged.
+
+    Args:
+        model: the network without DDP, whose forward would wait for ranks that have a batch
+            fewer. Its buffers are first made equal to rank 0's.
+        normalize: uint8 (N, 3, H, W) -> network input, float32 (N, 3, H, W).
+        batch_size: samples of one forward pass on one rank.
+        stop_signal: returns the stop signal that this rank has received; 0: none.
+
+    Returns:
+        `loss` (mean cross-entropy, nats) and `accuracy` in [0, 1], the same on every rank. None
+        where a rank received a stop signal; then all ranks gave up together.
+    """
+    broadcast_buffers(model)
+
+    # This rank's images: from `begin` to before `end`.
+    rank = accelerator.process_index
+    world_size = accelerator.num_processes
+    begin = len(images) * rank // world_size
+    end = len(images) * (rank + 1) // world_size
+
+    # All ranks check for signals together, so all go through the loop as often as the one with most
+    # images.
+    num_batches = -(-len(images) // (world_size * batch_size))
+    device = images.labels.device
+    check_every = 1 if device.type == "cpu" else _BATCHES_BETWEEN_SIGNAL_CHECKS_ON_GPU
+
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, seen
+    model.eval()
+    for batch in range(num_batches):
+        if batch % check_every == 0 and gather_stop_signal(accelerator, stop_signal()):
+            model.train()
+            return None
+
+        start = begin + batch * batch_size
+        part = slice(start, min(start + batch_size, end))
+        labels = images.labels[part]  # int64 (batch,)
+        if len(labels) == 0:
+            continue
+
+        with accelerator.autocast():
+            logits = model(normalize(images.pixels[part]))  # (batch, classes)
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        seen = sums.new_full((), len(labels))
+        sums += torch.stack([loss.double(), correct.double(), seen])
+
+    model.train()
+    loss_sum, num_correct, num_seen = accelerator.reduce(sums, reduction="sum").tolist()
+    assert num_seen == len(images)
+    return {"loss": loss_sum / num_seen, "accuracy": num_correct / num_seen}

@@ -1,0 +1,233 @@
+"""Recipe -> `Job`, on all ranks together."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+import lrd
+from lrd import __version__, console
+from lrd import recipe as recipes
+from lrd.checkpoint import store
+from lrd.checkpoint.async_writer import AsyncWriter
+from lrd.checkpoint.run_dir import RunDir
+from lrd.checkpoint.transfer import fetch_newest
+from lrd.data import datasets
+from lrd.data.batches import Batches
+from lrd.distributed import communication, hardware
+from lrd.distributed.accelerator import start_rank
+from lrd.distributed.gradient_compression import bf16_all_reduce_hook
+from lrd.distributed.replica_check import compare_replicas
+from lrd.distributed.roll_call import RollCall
+from lrd.errors import UserError
+from lrd.job.models import build_model
+from lrd.job.optimizers import build_optimizer
+from lrd.job.schedules import Schedule, depends_on_length, total_steps
+from lrd.job.state import Job
+from lrd.job.sync_batchnorm import convert_sync_batchnorm
+from lrd.tracking.tracker import Tracker, tags_recorded_at
+
+
+def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
+    """Build all parts of a job and go on from the newest valid checkpoint in `run_dir`.
+
+    Nothing is written to `run_dir` before every rank has checked all that can be wrong with the
+    recipe and the data.
+
+    Args:
+        roll_call: answers for this rank as soon as the ranks have met.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    # Meet the other ranks, and refuse to start where they do not have the same code and recipe.
+    recipe = hardware.resolve_auto(recipe)
+    code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
+    facts = {**code, **recipe.settings_shared_by_ranks()}
+    accelerator = start_rank(recipe.trainer, facts, roll_call)
+
+    # Load the data on one rank of each host first: it downloads or decodes, the others find the
+    # result.
+    dataset = communication.local_main_process_first(
+        accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
+    )
+    job = communication.run_on_all_ranks(
+        lambda: _build_job(recipe, accelerator, dataset, roll_call)
+    )
+    communication.require_equal_on_all_ranks(
+        {"data.fingerprint": job.result_settings["data.fingerprint"]}
+    )
+
+    # From here on the run directory is this run's.
+    communication.run_on_main_process(lambda: _lock_run_dir(job))
+    _resume(job)
+
+    _wrap_model(job)
+    communication.run_on_main_process(lambda: _open_outputs(job))
+    return job
+
+
+def source_digest() -> str:
+    """A digest of this package's source files.
+
+    Hosts with different checkouts of one version are found by it at the start.
+    """
+    package = Path(lrd.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _build_job(
+    recipe: recipes.Recipe,
+    accelerator: Accelerator,
+    dataset: datasets.Dataset,
+    roll_call: RollCall,
+) -> Job:
+    """Data, network, optimizer and schedule, before anything of an earlier run is read."""
+    device = accelerator.device
+    num_classes = len(dataset.classes)
+    if recipe.model.num_classes is not None and recipe.model.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes: is {recipe.model.num_classes}, "
+            f"but the data has {num_classes} classes"
+        )
+
+    fingerprint = dataset.fingerprint()
+    dataset = dataset.to(device)
+    batches = Batches(
+        dataset.train,
+        recipe.data,
+        recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation_steps=recipe.trainer.accumulation_steps,
+    )
+
+    model = build_model(recipe.model, num_classes, recipe.seed).to(device)
+    if recipe.model.sync_batchnorm:
+        model = convert_sync_batchnorm(model, device)
+    # On a CPU it is enough that the inputs are channels_last; with such parameters the masked step
+    # is slower.
+    if recipe.trainer.channels_last and device.type != "cpu":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    optimizer = build_optimizer(model, recipe)
+    schedule = Schedule(
+        optimizer,
+        recipe.schedule,
+        steps_of_all_epochs=recipe.trainer.epochs * batches.steps_per_epoch,
+        steps_per_epoch=batches.steps_per_epoch,
+    )
+
+    result_settings = {**recipe.result_settings(), "data.fingerprint": fingerprint}
+    if depends_on_length(recipe.schedule):
+        result_settings["trainer.epochs"] = recipe.trainer.epochs
+
+    return Job(
+        recipe=recipe,
+        accelerator=accelerator,
+        dataset=dataset,
+        batches=batches,
+        raw_model=model,
+        ddp_model=model,  # until `_wrap_model`
+        raw_optimizer=optimizer,
+        accelerated_optimizer=AcceleratedOptimizer(optimizer),
+        schedule=schedule,
+        total_steps=total_steps(recipe, batches.steps_per_epoch),
+        result_settings=result_settings,
+        roll_call=roll_call,
+    )
+
+
+def _lock_run_dir(job: Job) -> None:
+    job.run_dir = RunDir(Path(job.recipe.run_dir))
+
+
+def _resume(job: Job) -> None:
+    """Load the newest valid checkpoint of any host into all ranks, where there is one."""
+    run_dir = Path(job.recipe.run_dir)
+    fetch_newest(run_dir)
+
+    path, files = communication.run_on_main_process(lambda: _read_newest(run_dir))
+    if not files:
+        return
+    communication.run_on_all_ranks(lambda: _load(job, path, files))
+    # What one rank has read must have arrived on all.
+    compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+
+
+def _read_newest(run_dir: Path) -> tuple[Path, dict[str, bytes]]:
+    """The files of the newest valid checkpoint. Only rank 0 reads; the others get what it read."""
+    path, passed_over = store.recover_newest(run_dir)
+    for line in passed_over:
+        console.info(line)
+    if path is not None:
+        return path, store.read_files(path)
+
+    if passed_over:
+        console.info(f"{run_dir}: no valid checkpoint is left; starting from the beginning")
+    return run_dir, {}
+
+
+def _load(job: Job, path: Path, files: dict[str, bytes]) -> None:
+    state = store.parse_files(path, files)
+    console.info(f"{path}: going on after step {state.step}")
+    job.load_train_state(state, path)
+
+
+def _wrap_model(job: Job) -> None:
+    """Put the network under DDP, where there are several ranks, and compile it, where asked for."""
+    trainer = job.recipe.trainer
+    job.ddp_model, job.accelerated_optimizer = job.accelerator.prepare(
+        job.raw_model, job.raw_optimizer
+    )
+
+    if trainer.gradient_compression == "bf16" and job.accelerator.num_processes > 1:
+        job.ddp_model.register_comm_hook(None, bf16_all_reduce_hook)  # type: ignore[operator]
+    if trainer.compile:
+        job.raw_model.compile()
+    if job.accelerator.num_processes > 2:
+        _warm_up_ddp_buckets(job)
+
+
+def _warm_up_ddp_buckets(job: Job) -> None:
+    """Run two passes that leave no trace, so that the first step after a resume has final buckets.
+
+    After its first backward pass DDP regroups the gradients into other buckets, and the order in
+    which the ranks' gradients are summed changes with them. Two ranks do not notice, because a + b
+    = b + a; with three or more, a resumed run would differ from one that was not interrupted.
+    """
+    inputs, _ = job.load_micro_batch(step=0, micro_step=0)
+    if not job.recipe.trainer.compile:  # a compiled network is compiled anew for each batch size
+        inputs = inputs[:2]
+    saved_buffers = [buffer.clone() for buffer in job.raw_model.buffers()]
+
+    for _ in range(2):
+        job.accelerator.backward(job.ddp_model(inputs).sum())
+
+    for buffer, saved in zip(job.raw_model.buffers(), saved_buffers, strict=True):
+        buffer.copy_(saved)
+    job.raw_model.zero_grad()
+
+
+def _open_outputs(job: Job) -> None:
+    """Write the resolved recipe and open the event file and the checkpoint writer."""
+    assert job.run_dir is not None
+    job.run_dir.write("recipe.yaml", job.recipe.dump())
+
+    # A run that was killed between an evaluation and its checkpoint has records of that evaluation.
+    recorded_tags = set[str]()
+    if job.is_evaluation_due:
+        recorded_tags = tags_recorded_at(job.run_dir.path, job.step)
+
+    job.tracker = Tracker(
+        job.run_dir.path, job.step, job.recipe, job.raw_model, job.raw_optimizer, recorded_tags
+    )
+    job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker.events)

@@ -1,0 +1,248 @@
+"""`Job`: all parts of one training job on one rank, and the state that a checkpoint carries."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrd import console
+from lrd import recipe as recipes
+from lrd.checkpoint import store
+from lrd.checkpoint.async_writer import AsyncWriter
+from lrd.checkpoint.run_dir import RunDir
+from lrd.data.batches import Batches
+from lrd.data.datasets import Dataset
+from lrd.distributed.roll_call import RollCall
+from lrd.errors import UserError
+from lrd.job.schedules import Schedule
+from lrd.tracking.tracker import Tracker
+
+
+@dataclass
+class Job:
+    """One run on one rank.
+
+    `step` is the position in the run: batches, augmentation and masks are functions of it, so with
+    the state_dicts a resume needs no state of a random generator.
+
+    Attributes:
+        recipe: what is trained; its `auto` precision and layout are resolved.
+        accelerator: Accelerate's, on this rank's device.
+        dataset: training and test images, on the device.
+        batches: the training batches, by position.
+        schedule: sets the lr of `raw_optimizer`.
+        raw_model: the network itself.
+        ddp_model: the network as Accelerate prepared it, under DDP where there are several ranks.
+        raw_optimizer: torch's optimizer, which LRDropout and the schedule work on.
+        accelerated_optimizer: the same one, wrapped by Accelerate.
+        total_steps: optimizer steps of the whole run.
+        result_settings: all settings that affect the results, as `section.key` -> value, and the
+            data's fingerprint. A resume compares them with those of the checkpoint.
+        roll_call: answers for this rank when another one is lost.
+        run_dir, tracker, writer: on the main process; None elsewhere.
+        step: optimizer steps done.
+        skipped_steps: steps that were skipped because a loss or the gradient was not finite.
+        last_eval_step, last_eval_metrics: the latest evaluation.
+        best: the evaluation with the best accuracy: `step`, `accuracy`, `loss`.
+    """
+
+    recipe: recipes.Recipe
+    accelerator: Accelerator
+    dataset: Dataset
+    batches: Batches
+    raw_model: nn.Module
+    ddp_model: nn.Module
+    raw_optimizer: Optimizer
+    accelerated_optimizer: AcceleratedOptimizer
+    schedule: Schedule
+    total_steps: int
+    result_settings: dict[str, Any]
+    roll_call: RollCall
+
+    run_dir: RunDir | None = None
+    tracker: Tracker | None = None
+    writer: AsyncWriter | None = None
+
+    step: int = 0
+    skipped_steps: int = 0
+    last_eval_step: int = 0
+    last_eval_metrics: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the state after `step` steps is still to be evaluated.
+
+        That is after every `trainer.eval_every`-th epoch and after the last step. It is still due
+        after a resume if a signal cut the evaluation short. The state before the first step is
+        never evaluated.
+        """
+        if self.last_eval_step == self.step:
+            return False
+        if self.step == self.total_steps:
+            return True
+
+        epochs, steps_into_epoch = divmod(self.step, self.batches.steps_per_epoch)
+        is_epoch_end = self.step > 0 and steps_into_epoch == 0
+        return is_epoch_end and epochs % self.recipe.trainer.eval_every == 0
+
+    def load_micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """This rank's batch of a micro step, in the memory layout that training uses.
+
+        Returns:
+            Inputs, float32 (micro_batch, 3, H, W), and labels, int64 (micro_batch,).
+        """
+        inputs, labels = self.batches.micro_batch(step, micro_step)
+        if self.recipe.trainer.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, labels
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Write `state` and the progress of the run to `status.json`, from the main process.
+
+        A disk that cannot be written is no error here: `checkpoint.on_error` decides about that.
+        """
+        if self.run_dir is None:
+            return
+
+        best_accuracy = None if self.best is None else self.best["accuracy"]
+        with suppress(UserError):
+            self.run_dir.write_status(
+                state,
+                step=self.step,
+                total_steps=self.total_steps,
+                best_accuracy=best_accuracy,
+                ranks=self.accelerator.num_processes,
+                skipped=self.skipped_steps,
+                **more,
+            )
+
+    def close(self) -> None:
+        """Release the run directory."""
+        if self.run_dir is not None:
+            self.run_dir.close()
+
+    def train_state(self) -> store.TrainState:
+        """What `load_train_state` needs.
+
+        Its tensors are the living ones, not copies: whoever keeps the state must copy them.
+        """
+        model = {name: tensor.detach() for name, tensor in self.raw_model.state_dict().items()}
+        optimizer = {
+            "optimizer": self.raw_optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        trainer = {
+            "step": self.step,
+            "epoch": self.step // self.batches.steps_per_epoch,
+            "samples": self.step * self.batches.batch_size,
+            "skipped": self.skipped_steps,
+            "evaluated": self.last_eval_step,
+            "best": self.best,
+            "latest": self.last_eval_metrics,
+            "identity": self.result_settings,
+            "world_size": self.accelerator.num_processes,
+        }
+        return store.TrainState(model, optimizer, trainer)
+
+    def load_train_state(self, state: store.TrainState, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            path: of the checkpoint, for messages.
+
+        Raises:
+            UserError: the checkpoint belongs to another model, optimizer or recipe.
+        """
+        changes = _describe_changes(state.trainer["identity"], self.result_settings, path)
+        if changes and not self.recipe.checkpoint.allow_changed:
+            advice = (
+                "name another run_dir to start a new run; "
+                "checkpoint.allow_changed=true goes on with this one"
+            )
+            raise UserError("\n".join([*changes, advice]))
+
+        try:
+            self.raw_model.load_state_dict(state.model)
+        except RuntimeError as error:
+            last_line = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path}: is of another model: {last_line}") from None
+
+        self.step = state.step
+        self.skipped_steps = state.trainer["skipped"]
+        self.last_eval_step = state.trainer["evaluated"]
+        self.last_eval_metrics = state.trainer["latest"]
+        self.best = state.trainer["best"]
+
+        if changes:
+            self._load_with_changed_recipe(state, path)
+            return
+        try:
+            self.raw_optimizer.load_state_dict(state.optimizer["optimizer"])
+            self.schedule.load_state_dict(state.optimizer["schedule"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}: is of another optimizer: {error}") from None
+
+    def _load_with_changed_recipe(self, state: store.TrainState, path: Path) -> None:
+        """Take lr and all settings from the new recipe, momentum and update counts from the state.
+
+        The schedule is replayed up to the present step; what ReduceLROnPlateau has reduced is lost.
+        """
+        saved = state.optimizer["optimizer"]
+        current = self.raw_optimizer.state_dict()
+
+        saved_name = state.trainer["identity"].get("optimizer.name")
+        has_same_name = saved_name == self.result_settings["optimizer.name"]
+        if has_same_name and _have_same_state(saved, current):
+            # The masks go on too. A group that is new to LRDropout begins where it would be by now.
+            for group, saved_group in zip(
+                current["param_groups"], saved["param_groups"], strict=True
+            ):
+                if "mask_step" in group:
+                    group["mask_step"] = saved_group.get("mask_step", self.step)
+            self.raw_optimizer.load_state_dict(
+                {"state": saved["state"], "param_groups": current["param_groups"]}
+            )
+        else:
+            console.info(f"{path}: the optimizer or its groups changed; its state begins anew")
+            for group in self.raw_optimizer.param_groups:
+                if "mask_step" in group:
+                    group["mask_step"] = self.step
+
+        self.schedule.fast_forward(self.step, self.batches.steps_per_epoch)
+
+
+def _have_same_state(saved: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Whether two state_dicts of one optimizer class have the same tensors for each parameter."""
+    saved_groups = saved["param_groups"]
+    groups = current["param_groups"]
+    if len(saved_groups) != len(groups):
+        return False
+
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        if len(saved_group["params"]) != len(group["params"]):
+            return False
+        # These add tensors to the state of Adam, RMSprop and SGD.
+        for key in ("amsgrad", "centered", "momentum"):
+            if bool(saved_group.get(key)) != bool(group.get(key)):
+                return False
+    return True
+
+
+def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
+    """A line for each setting that differs. An absent one equals None: it was not used."""
+    lines = []
+    for key in sorted(saved.keys() | current.keys()):
+        before = saved.get(key)
+        now = current.get(key)
+        if before != now:
+            lines.append(f"{key}: the run in {path} had {before!r}, the recipe now says {now!r}")
+    return lines

@@ -1,0 +1,180 @@
+"""Reading a recipe: defaults, then the YAML file, then `section.key=value` overrides.
+
+Unknown keys, wrong types and values out of range raise a `UserError` with one line for each fault,
+which names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lrd.errors import UserError, first_line
+from lrd.recipe.schema import SCHEDULES, Recipe, is_schedule_key, section_types
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file, with overrides of the form `section.key=value` on top.
+
+    If neither gives a `run_dir`, the run directory is `runs/<name of the file>`.
+
+    Raises:
+        UserError: if the file is missing or not a YAML mapping, or a key is unknown, of a wrong
+            type or out of range.
+    """
+    path = Path(path)
+    values = {"run_dir": f"runs/{path.stem}", **_read(path)}
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], source: str) -> Recipe:
+    """The recipe with these values, validated.
+
+    Args:
+        values: section -> key -> value, as YAML has them.
+        source: where they come from; each line of an error begins with it.
+
+    Raises:
+        UserError: if a key is unknown, of a wrong type or out of range.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{source}: {_explain(fault)}" for fault in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a key that appears twice.
+
+    By default the second value would silently replace the first.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key_node.value} appears twice",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{path}: {line}cannot be read as YAML: {problem}") from None
+
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: a recipe must be a mapping of sections, not a {type(values).__name__}"
+        )
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one key in `values`; sections that are not there are added."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(
+            f"{override}: an override has the form section.key=value, e.g. optimizer.lr=0.1"
+        )
+
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{key}: {text!r} is not a YAML value") from None
+
+    section = values
+    for part in parts[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        if not isinstance(section[part], dict):
+            raise UserError(
+                f"{key}: cannot be overridden, because {part} is {section[part]!r} in the file, "
+                "not a section of keys and values"
+            )
+        section = section[part]
+    section[parts[-1]] = value
+
+
+def _explain(fault: ErrorDetails) -> str:
+    """One fault in one line: the key, its value, and what it may be."""
+    location = [str(part) for part in fault["loc"]]
+
+    # In a schedule pydantic puts the scheduler's name between the section and the key.
+    scheduler = None
+    if len(location) > 1 and location[0] == "schedule":
+        scheduler = location.pop(1)
+
+    key = ".".join(location)
+    value = fault["input"]
+
+    if fault["type"] == "extra_forbidden":
+        return _explain_unknown_key(location, scheduler)
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _explain_unknown_scheduler(value["name"])
+    if fault["type"] == "value_error":
+        message = str(fault["ctx"]["error"])
+        return f"{key}: is {value!r}, {message}" if location else message
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}: is {value!r}, should be a section of keys and values"
+    if fault["type"] == "missing":
+        return f"{key}: is missing"
+
+    message = fault["msg"].removeprefix("Input ")
+    return f"{key}: is {value!r}, {message[0].lower()}{message[1:]}"
+
+
+def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
+    key = ".".join(location)
+    section = ".".join(location[:-1])
+    if scheduler is not None:
+        known = list(SCHEDULES[scheduler].model_fields)
+        owner = scheduler
+    elif section:
+        (section_type,) = section_types(Recipe.model_fields[section])
+        known = list(section_type.model_fields)
+        owner = section
+    else:
+        known = list(Recipe.model_fields)
+        owner = "a recipe"
+
+    hint = _did_you_mean(location[-1], known, cutoff=0.6)
+    if scheduler is not None and is_schedule_key(location[-1]):
+        # Usually left over in the file after an override of schedule.name.
+        hint = f" ({key}=null leaves it out)"
+    return f"{key}: unknown key; {owner} has {', '.join(known)}{hint}"
+
+
+def _explain_unknown_scheduler(name: Any) -> str:
+    hint = _did_you_mean(str(name), SCHEDULES, cutoff=0.5)
+    return f"schedule.name: is {name!r}, may be {', '.join(SCHEDULES)}{hint}"
+
+
+def _did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -1,0 +1,875 @@
+"""The sections of a recipe with their keys: types, defaults, ranges and descriptions.
+
+A recipe describes what is trained, never where: it contains no world size and no host.
+"""
+
+from __future__ import annotations
+
+from inspect import isclass
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from lrd.optim.mask import Granularity
+
+# What a key can be marked as, see `setting`.
+Mark = Literal["affects_results", "shared_by_ranks"]
+
+TORCH_DEFAULT = "torch's"
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    affects_results: bool,
+    shared_by_ranks: bool = True,
+    default_means: str | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declare one key of a section: pydantic's `Field` with the marks that every key needs.
+
+    Args:
+        default: the value of a key that is not given; `...` if it must be given.
+        description: what the key is, in a phrase for the table in docs/recipes.md.
+        affects_results: whether another value changes what is computed, and not only its speed or
+            its rounding. A resume compares these keys with those of the run that it continues.
+        shared_by_ranks: whether the value must be the same on all ranks.
+        default_means: the default in words, for the table, e.g. what None stands for.
+        constraints: arguments of `Field`, such as `gt=0`.
+    """
+    marks: dict[str, Any] = {
+        "affects_results": affects_results,
+        "shared_by_ranks": shared_by_ranks,
+        "default_means": default_means,
+    }
+    return Field(default, description=description, json_schema_extra=marks, **constraints)
+
+
+def get_mark(field: FieldInfo, mark: str) -> Any:
+    """The value of a mark that `setting` put on a field."""
+    assert isinstance(field.json_schema_extra, dict), "declare keys of a recipe with setting()"
+    return field.json_schema_extra[mark]
+
+
+def section_types(field: FieldInfo) -> list[type[Section]]:
+    """The sections that a field can hold: none, one, or one for each scheduler."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return [item for item in candidates if isclass(item) and issubclass(item, Section)]
+
+
+# Types of values
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _check_keep_prob(value: float) -> float:
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            "must be greater than 0 and at most 1: it is the probability of keeping an element"
+        )
+    return value
+
+
+def _parse_numbers(value: Any) -> Any:
+    """Turn text such as `1e-3`, which PyYAML reads as a string, into a number, also within lists.
+
+    Only for torch's arguments: the other keys have a type, and pydantic converts them.
+    """
+    if isinstance(value, list):
+        return [_parse_numbers(item) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _check_patterns(value: Any) -> Any:
+    patterns = value if isinstance(value, list) else [value]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError("should be a pattern or a list of patterns")
+    return value
+
+
+def _require_epoch(value: Any) -> Any:
+    if value != "epoch":
+        raise ValueError("must be 'epoch': ReduceLROnPlateau steps after evaluations")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Patterns = Annotated[str | list[str], BeforeValidator(_check_patterns)]
+KeepProb = Annotated[
+    Float,
+    AfterValidator(_check_keep_prob),
+    "> 0 and <= 1",  # for the table in docs/recipes.md, which cannot read the validator
+]
+
+
+# Sections
+
+
+class Section(BaseModel):
+    """A section of a recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    def marked_keys(self, mark: Mark) -> list[str]:
+        """The keys of this section that have a mark; the arguments of an open section have all."""
+        keys = [key for key, field in type(self).model_fields.items() if get_mark(field, mark)]
+        return keys + list(self.model_extra or {})
+
+
+class OpenSection(Section):
+    """A section whose further keys are arguments of the torch class that it names.
+
+    They are checked against the signature of that class when it is built.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _parse_arguments(self) -> OpenSection:
+        extra = self.model_extra or {}
+        self.__pydantic_extra__ = {key: _parse_numbers(value) for key, value in extra.items()}
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"] = setting(
+        "digits",
+        "the images: `digits` (scikit-learn's, 8x8, no download), `cifar10` and `cifar100` "
+        "(downloaded into `root`), `imagefolder` (`root/train/<class>/*`, `root/test/<class>/*`), "
+        "`synthetic` (noise, for speed tests)",
+        affects_results=True,
+    )
+    root: str = setting(
+        "data",
+        "folder of the data sets",
+        affects_results=False,
+        shared_by_ranks=False,
+    )
+    batch_size: Int = setting(
+        128,
+        "images of one step over all ranks together",
+        affects_results=True,
+        gt=0,
+    )
+    image_size: Int | None = setting(
+        None,
+        "width and height of an image in pixels; for `imagefolder` the default is the first "
+        "image's height",
+        affects_results=True,
+        default_means="the data set's",
+        gt=0,
+    )
+    augment: Literal["none", "crop", "crop_flip"] = setting(
+        "none",
+        "random changes to training images: `crop` (zero padding, random crop), `crop_flip` (also "
+        "horizontal flip)",
+        affects_results=True,
+    )
+    padding: Int | None = setting(
+        None,
+        "zero padding of the crop in pixels",
+        affects_results=True,
+        default_means="`image_size / 8`",
+        ge=0,
+    )
+    skip_corrupt: bool = setting(
+        False,
+        "`imagefolder`: leave out files that cannot be decoded, and name them, instead of stopping",
+        affects_results=True,
+    )
+    num_samples: Int = setting(
+        2048,
+        "`synthetic`: number of training images",
+        affects_results=True,
+        gt=0,
+    )
+
+
+class Model(Section):
+    arch: Literal["resnet18", "resnet34", "resnet50"] = setting(
+        "resnet34",
+        "the network; its first layer is a 3x3 convolution, as is usual for small images (the "
+        "CIFAR stem)",
+        affects_results=True,
+    )
+    width: Int = setting(
+        64,
+        "channels of the first layer; narrow networks are for small machines",
+        affects_results=True,
+        gt=0,
+    )
+    num_classes: Int | None = setting(
+        None,
+        "size of the output",
+        affects_results=True,
+        default_means="the data set's",
+        gt=0,
+    )
+    sync_batchnorm: bool = setting(
+        False,
+        "BatchNorm's statistics over all ranks: torch's implementation on GPUs, `lrd`'s on CPUs",
+        affects_results=True,
+    )
+
+
+class OptimizerGroup(OpenSection):
+    """The parameters whose names match a pattern, with settings that apply to them alone.
+
+    A parameter belongs to the first group that matches.
+    """
+
+    match: Patterns = setting(
+        ...,
+        "shell-style patterns of parameter names, e.g. `fc.*`",
+        affects_results=True,
+    )
+    name: str | None = setting(
+        None,
+        "name of the group in TensorBoard's tags",
+        affects_results=True,
+        default_means="`group<i>`",
+    )
+    lr: Float | None = setting(
+        None,
+        "learning rate",
+        affects_results=True,
+        default_means="`optimizer.lr`",
+        ge=0.0,
+    )
+    weight_decay: Float | None = setting(
+        None,
+        "weight decay",
+        affects_results=True,
+        default_means="`optimizer.weight_decay`",
+        ge=0.0,
+    )
+    keep_prob: KeepProb | None = setting(
+        None,
+        "probability that an element moves in a step; needs the section `lr_dropout`",
+        affects_results=True,
+        default_means="`lr_dropout.keep_prob`",
+    )
+
+    @property
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else self.match
+
+
+class Optimizer(OpenSection):
+    name: str = setting(
+        "SGD",
+        "class of `torch.optim`: `SGD`, `Adam`, `AdamW`, `Adamax`, `NAdam`, `RAdam`, `Adagrad`, "
+        "`Adadelta`, `RMSprop`, `Rprop`, `ASGD`",
+        affects_results=True,
+    )
+    lr: Float = setting(
+        0.1,
+        "learning rate",
+        affects_results=True,
+        ge=0.0,
+    )
+    momentum: Float | None = setting(
+        None,
+        "momentum",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+    nesterov: bool | None = setting(
+        None,
+        "Nesterov's momentum",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+    weight_decay: Float | None = setting(
+        None,
+        "weight decay",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+    betas: tuple[Float, Float] | None = setting(
+        None,
+        "decay rates of the first and the second moment",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+    eps: Float | None = setting(
+        None,
+        "added to the denominator of an update",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+    groups: list[OptimizerGroup] = setting(
+        [],
+        "parameter groups, see below",
+        affects_results=True,
+        default_means="none",
+    )
+
+    @property
+    def group_names(self) -> list[str]:
+        """The names of `groups`; what is in none of them is `group0`."""
+        return [group.name or f"group{i}" for i, group in enumerate(self.groups, start=1)]
+
+
+class LRDropout(Section):
+    keep_prob: KeepProb = setting(
+        0.5,
+        "probability that an element moves in a step",
+        affects_results=True,
+    )
+    seed: Int | None = setting(
+        None,
+        "seed of the masks",
+        affects_results=True,
+        default_means="`seed`",
+        ge=0,
+        lt=1 << 64,
+    )
+    granularity: Granularity = setting(
+        "element",
+        "which elements share one draw",
+        affects_results=True,
+    )
+    rescale: bool = setting(
+        False,
+        "divide the update of a kept element by `keep_prob`",
+        affects_results=True,
+    )
+    masks: Literal["update", "gradient", "momentum_buffer"] = setting(
+        "update",
+        "what is masked; `gradient` and `momentum_buffer` are controls, see "
+        "[learning-rate-dropout.md](learning-rate-dropout.md)",
+        affects_results=True,
+    )
+
+
+# Schedules: one section for each scheduler of torch, told apart by `name`. torch does not check
+# most of their arguments before it computes an lr from them, so the ranges are here. An argument
+# that is None is not passed on: torch's default applies.
+
+
+class ScheduleSection(Section):
+    """The keys that all schedules have."""
+
+    name: str = setting("constant", "scheduler of `torch.optim.lr_scheduler`", affects_results=True)
+    unit: Literal["step", "epoch"] = setting(
+        "epoch",
+        "what the schedule counts; ReduceLROnPlateau steps once per evaluation and needs `epoch`",
+        affects_results=True,
+    )
+    warmup_steps: Int = setting(
+        0,
+        "optimizer steps of linear warm-up (always in steps); the warm-up factor multiplies the "
+        "schedule's lr, milestones stay where they are",
+        affects_results=True,
+        ge=0,
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keys that are arguments of the torch class, if they are given."""
+        not_for_torch = ("name", "unit", "warmup_steps", "metric")
+        return {key: value for key, value in self if key not in not_for_torch and value is not None}
+
+
+def _scheduler(name: str) -> Any:
+    return setting(name, "scheduler of `torch.optim.lr_scheduler`", affects_results=True)
+
+
+def _gamma(default: Any = None) -> Any:
+    return setting(
+        default,
+        "factor of the lr at each change",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+
+
+class ConstantSchedule(ScheduleSection):
+    name: Literal["constant"] = _scheduler("constant")
+
+
+class StepLR(ScheduleSection):
+    name: Literal["StepLR"] = _scheduler("StepLR")
+    step_size: Int = setting(
+        ...,
+        "steps or epochs (see `unit`) from one change of the lr to the next",
+        affects_results=True,
+        gt=0,
+    )
+    gamma: Float | None = _gamma()
+
+
+class MultiStepLR(ScheduleSection):
+    name: Literal["MultiStepLR"] = _scheduler("MultiStepLR")
+    milestones: list[Annotated[Int, Field(gt=0)]] = setting(
+        ...,
+        "steps or epochs (see `unit`) at which the lr changes",
+        affects_results=True,
+    )
+    gamma: Float | None = _gamma()
+
+
+class ExponentialLR(ScheduleSection):
+    name: Literal["ExponentialLR"] = _scheduler("ExponentialLR")
+    gamma: Float = _gamma(...)
+
+
+class CosineAnnealingLR(ScheduleSection):
+    name: Literal["CosineAnnealingLR"] = _scheduler("CosineAnnealingLR")
+    T_max: Int | None = setting(
+        None,
+        "steps or epochs (see `unit`) until the lr reaches `eta_min`",
+        affects_results=True,
+        default_means="the run's length",
+        gt=0,
+    )
+    eta_min: Float | None = setting(
+        None,
+        "lowest lr",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+
+
+class ReduceLROnPlateau(ScheduleSection):
+    name: Literal["ReduceLROnPlateau"] = _scheduler("ReduceLROnPlateau")
+    unit: Annotated[Literal["epoch"], BeforeValidator(_require_epoch)] = setting(
+        "epoch",
+        "what the schedule counts",
+        affects_results=True,
+    )
+    metric: Literal["test_loss", "test_accuracy"] = setting(
+        "test_loss",
+        "the metric that decides about a reduction, after each evaluation",
+        affects_results=True,
+    )
+    mode: Literal["min", "max"] | None = setting(
+        None,
+        "whether a lower or a higher metric is better",
+        affects_results=True,
+        default_means="as `metric` needs it",
+    )
+    factor: Float | None = setting(
+        None,
+        "factor of the lr at a reduction",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0.0,
+        lt=1.0,
+    )
+    patience: Int | None = setting(
+        None,
+        "evaluations without improvement before a reduction",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0,
+    )
+    threshold: Float | None = setting(
+        None,
+        "smallest change of the metric that counts as an improvement",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+    threshold_mode: Literal["rel", "abs"] | None = setting(
+        None,
+        "whether `threshold` is relative or absolute",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+    cooldown: Int | None = setting(
+        None,
+        "after a reduction, this many evaluations are ignored",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0,
+    )
+    min_lr: Float | None = setting(
+        None,
+        "lowest lr",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+    eps: Float | None = setting(
+        None,
+        "a reduction that changes the lr by less than this is not made",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+
+
+class LambdaLR(ScheduleSection):
+    name: Literal["LambdaLR"] = _scheduler("LambdaLR")
+    lr_lambda: str | None = setting(
+        None,
+        "factor of the lr as an arithmetic expression, see below",
+        affects_results=True,
+        default_means="1",
+    )
+
+
+Schedule = Annotated[
+    ConstantSchedule
+    | StepLR
+    | MultiStepLR
+    | ExponentialLR
+    | CosineAnnealingLR
+    | ReduceLROnPlateau
+    | LambdaLR,
+    Field(discriminator="name"),
+]
+SCHEDULES: dict[str, type[ScheduleSection]] = {
+    "constant": ConstantSchedule,
+    "StepLR": StepLR,
+    "MultiStepLR": MultiStepLR,
+    "ExponentialLR": ExponentialLR,
+    "CosineAnnealingLR": CosineAnnealingLR,
+    "ReduceLROnPlateau": ReduceLROnPlateau,
+    "LambdaLR": LambdaLR,
+}
+
+
+def is_schedule_key(key: str) -> bool:
+    """Whether any scheduler has this key."""
+    return any(key in section.model_fields for section in SCHEDULES.values())
+
+
+class Trainer(Section):
+    epochs: Int = setting(
+        1,
+        "epochs of the whole run; affects the results if the schedule depends on the run's length "
+        "(CosineAnnealingLR without `T_max`, LambdaLR)",
+        affects_results=False,
+        gt=0,
+    )
+    max_steps: Int | None = setting(
+        None,
+        "stop after this many steps of the whole run",
+        affects_results=False,
+        default_means="no limit",
+        gt=0,
+    )
+    precision: Literal["fp32", "bf16", "auto"] = setting(
+        "fp32",
+        "`bf16` is autocast; `auto` is `bf16` if the processor has AVX512-BF16 or AMX, or the GPU "
+        "supports bfloat16, else `fp32`. `recipe.yaml` contains the precision that `auto` chose. "
+        "It must be the same on all ranks and after a resume; otherwise one line reports the "
+        "difference and the run does not start",
+        affects_results=True,
+    )
+    accumulation_steps: Int = setting(
+        1,
+        "micro steps of one step",
+        affects_results=True,
+        gt=0,
+    )
+    clip_norm: Float | None = setting(
+        None,
+        "largest norm of the whole gradient",
+        affects_results=True,
+        default_means="no clipping",
+        gt=0.0,
+    )
+    gradient_compression: Literal["none", "bf16"] = setting(
+        "none",
+        "`bf16`: the ranks send each other gradients in bfloat16, half the bytes; the mean is "
+        "rounded to 8 bits of mantissa ([Scaling](scaling.md) shows what it gains)",
+        affects_results=True,
+    )
+    channels_last: Literal[True, False, "auto"] = setting(
+        False,
+        "use the channels_last memory layout; on a CPU, for the inputs only; `auto`: true on a "
+        "GPU in `bf16`, false on a CPU, where it is faster on 32x32 images in batches of 128 and "
+        "slower on 8x8 ones ([Results](results.md#one-training-step))",
+        affects_results=False,
+    )
+    compile: bool = setting(
+        False,
+        "compile the network with `torch.compile`",
+        affects_results=False,
+    )
+    deterministic: bool = setting(
+        False,
+        "use deterministic algorithms only, for exact resumes on CUDA; how much slower this is "
+        "there has not been measured",
+        affects_results=False,
+    )
+    eval_every: Int = setting(
+        1,
+        "epochs between evaluations",
+        affects_results=False,
+        gt=0,
+    )
+    fingerprint_every: Int = setting(
+        100,
+        "steps between comparisons of the replicas; 0: never",
+        affects_results=False,
+        ge=0,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto",
+        "`auto`: what the launch file asks for; without a launcher, a GPU if there is one",
+        affects_results=False,
+    )
+    timeout_minutes: Float = setting(
+        10.0,
+        "minutes after which a missing rank is an error; also the time limit for the rank that "
+        "reads or decodes the data while the others wait",
+        affects_results=False,
+        gt=0.0,
+    )
+    profile: Int | None = setting(
+        None,
+        "record this many steps with torch's profiler, after the first three steps of each start; "
+        "the results of training do not change. Each rank writes "
+        "`run_dir/profile/rank<r>.json.gz` on its host, a Chrome trace for "
+        "[ui.perfetto.dev](https://ui.perfetto.dev)",
+        affects_results=False,
+        default_means="no trace",
+        gt=0,
+    )
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "what to do if a rank's loss or the gradient's norm is not finite, checked before the "
+        "optimizer's step (on a GPU with `stop`: every `tracking.every_steps` steps): `stop` ends "
+        "the run; `skip` skips the step on all ranks and counts it, at most ten times in a row",
+        affects_results=False,
+    )
+
+
+class Checkpoint(Section):
+    every_steps: Int | None = setting(
+        None,
+        "steps between checkpoints; 0: only at the end",
+        affects_results=False,
+        default_means="the end of each epoch",
+        ge=0,
+    )
+    # At least two, because one may be lost to a fault of the disk.
+    keep_last: Int = setting(
+        2,
+        "how many of the newest checkpoints to keep; older ones are deleted only when two of "
+        "those that stay have been read back and verified",
+        affects_results=False,
+        ge=2,
+    )
+    keep_best: bool = setting(
+        True,
+        "write a checkpoint at each new best test accuracy, and keep it",
+        affects_results=False,
+    )
+    background: bool = setting(
+        True,
+        "a thread writes checkpoints from a copy while training goes on; `false`: training waits",
+        affects_results=False,
+    )
+    on_error: Literal["continue", "stop"] = setting(
+        "continue",
+        "what to do if a checkpoint cannot be written: `continue` reports it and trains on, "
+        "`stop` ends the run with status 2",
+        affects_results=False,
+    )
+    allow_changed: bool = setting(
+        False,
+        "continue a run although settings that affect the results have changed",
+        affects_results=False,
+    )
+
+
+class Tracking(Section):
+    every_steps: Int = setting(
+        1,
+        "steps between records",
+        affects_results=False,
+        gt=0,
+    )
+    probes: Int = setting(
+        4,
+        "number of single elements whose lr is recorded at each step",
+        affects_results=False,
+        ge=0,
+    )
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    # Each section has the marks on its own keys. A mark on the section itself is read only where
+    # there is no section, which is possible for `lr_dropout` alone.
+    data: Data = setting(Data(), "the images and their batches", affects_results=False)
+    model: Model = setting(Model(), "the network", affects_results=False)
+    optimizer: Optimizer = setting(
+        Optimizer(),
+        "torch's optimizer; further keys are arguments of its class",
+        affects_results=False,
+    )
+    lr_dropout: LRDropout | None = setting(
+        None,
+        "learning rate dropout; leave this section out, or empty (`lr_dropout:`), to train "
+        "without LRD; `lr_dropout: {}` turns LRD on with the defaults below",
+        affects_results=False,
+        default_means="no LRD",
+    )
+    schedule: Schedule = setting(
+        ConstantSchedule(),
+        "how the lr changes during the run; each scheduler has its own keys",
+        affects_results=False,
+    )
+    trainer: Trainer = setting(Trainer(), "the training loop", affects_results=False)
+    checkpoint: Checkpoint = setting(
+        Checkpoint(),
+        "saved training states; a checkpoint is always written at the end of the run and on a "
+        "stop signal",
+        affects_results=False,
+    )
+    tracking: Tracking = setting(Tracking(), "what TensorBoard records", affects_results=False)
+    seed: Int = setting(
+        0,
+        "seed of the initial weights, the order of the samples, the augmentation and, unless "
+        "`lr_dropout.seed` is given, the masks",
+        affects_results=True,
+        ge=0,
+        lt=1 << 63,
+    )
+    run_dir: str = setting(
+        "runs/default",
+        "folder of checkpoints, TensorBoard's event files, `recipe.yaml` and `status.json`",
+        affects_results=False,
+        shared_by_ranks=False,
+        default_means="`runs/<name of the file>`",
+        min_length=1,
+    )
+
+    @field_validator(
+        "data",
+        "model",
+        "optimizer",
+        "trainer",
+        "checkpoint",
+        "tracking",
+        mode="before",
+    )
+    @classmethod
+    def _fill_empty_section(cls, value: Any) -> Any:
+        # `trainer:` with nothing below it is read as None.
+        return {} if value is None else value
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _complete_schedule(cls, value: Any) -> Any:
+        """Add the name `constant` if there is none; drop keys of other schedulers with no value."""
+        if value is None:
+            return {"name": "constant"}
+        if not isinstance(value, dict):
+            return value
+
+        value = {"name": "constant", **value}
+        section = SCHEDULES.get(str(value["name"]))
+        if section is None:
+            return value
+
+        # A recipe.yaml that an older lrd wrote lists the keys of every scheduler: null, and the
+        # metric test_loss.
+        unset = [
+            key
+            for key, item in value.items()
+            if key not in section.model_fields
+            and is_schedule_key(key)
+            and (item is None or (key, item) == ("metric", "test_loss"))
+        ]
+        return {key: item for key, item in value.items() if key not in unset}
+
+    @model_validator(mode="after")
+    def _require_lr_dropout_for_groups(self) -> Recipe:
+        if self.lr_dropout is None and any(
+            group.keep_prob is not None for group in self.optimizer.groups
+        ):
+            raise ValueError("optimizer.groups: keep_prob of a group needs the section lr_dropout")
+        return self
+
+    @property
+    def mask_seed(self) -> int:
+        """The seed of the masks: `lr_dropout.seed`, or `seed` if that is not given."""
+        if self.lr_dropout is None or self.lr_dropout.seed is None:
+            return self.seed
+        return self.lr_dropout.seed
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML: every key with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def settings_shared_by_ranks(self) -> dict[str, Any]:
+        """The settings that must be the same on all ranks, as `section.key` -> value.
+
+        All but the folders, which may differ from host to host.
+        """
+        return self._marked_settings("shared_by_ranks")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that affect the results, as `section.key` -> value.
+
+        They stay the same over an interruption. Folders, how long and how often, and what changes
+        the speed but not the formula are not among them.
+        """
+        settings = self._marked_settings("affects_results")
+
+        if self.data.dataset != "synthetic":
+            del settings["data.num_samples"]
+
+        if self.lr_dropout is not None:
+            settings["lr_dropout.seed"] = self.mask_seed
+
+        # The next two keep the keys as they are in checkpoints of earlier versions, which a resume
+        # compares: without compression the key was left out, and every schedule had a metric.
+        if self.trainer.gradient_compression == "none":
+            del settings["trainer.gradient_compression"]
+        settings.setdefault("schedule.metric", "test_loss")
+
+        return settings
+
+    def _marked_settings(self, mark: Mark) -> dict[str, Any]:
+        values = self.model_dump(mode="json")
+        settings: dict[str, Any] = {}
+        for key, field in Recipe.model_fields.items():
+            section = getattr(self, key)
+            if isinstance(section, Section):
+                for section_key in section.marked_keys(mark):
+                    settings[f"{key}.{section_key}"] = values[key][section_key]
+            elif get_mark(field, mark):
+                settings[key] = values[key]
+        return settings

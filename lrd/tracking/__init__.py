@@ -1,0 +1,1 @@
+"""TensorBoard: `tracker` decides what is recorded, `event_file` writes and reads the records."""

@@ -1,0 +1,131 @@
+"""TensorBoard event files: a writer that loses no record when the disk is full, and a reader."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lrd.errors import first_line
+
+_SECONDS_BETWEEN_FLUSHES = 5.0
+
+
+class EventFile:
+    """Appends records to a new event file.
+
+    Records wait in memory until they are flushed. What a full disk refuses stays in memory and is
+    written as soon as there is room.
+
+    TensorBoard reads the event files of a folder in the order of their names, which begin with a
+    time. If a run is started again on a host whose clock is behind, or twice within a second, this
+    order would be wrong. The time in the new file's name is therefore later than that of every
+    file in the folder.
+
+    Args:
+        folder: the run directory.
+        purge_step: TensorBoard drops records of this and later steps that earlier files contain.
+
+    Attributes:
+        path: the event file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{_next_file_time(folder):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self.path = folder / f"events.out.tfevents.{name}"
+
+        self._pending = io.BytesIO()  # records that are not in the file yet
+        self._record_writer = RecordWriter(self._pending)
+        self._valid_size = 0  # bytes of the file that are complete records
+        self._last_flush = time.monotonic()  # seconds
+
+        self._append(Event(file_version="brain.Event:2"))
+        self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, summary: Summary, step: int) -> None:
+        """Add a record, and flush if the last flush was more than five seconds ago."""
+        self._append(Event(step=step, summary=summary))
+
+        if time.monotonic() - self._last_flush > _SECONDS_BETWEEN_FLUSHES:
+            try:
+                self.flush()
+            except OSError:
+                # The records are kept. A caller who needs them on disk calls `flush` itself.
+                self._last_flush = time.monotonic()
+
+    def flush(self) -> None:
+        """Hand all records to the file system.
+
+        Raises:
+            OSError: they could not be written; the error names the file. The records are kept, and
+                the next flush tries again.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            raise OSError(error.errno, first_line(error), str(self.path)) from error
+        self._last_flush = time.monotonic()
+
+    def sync(self) -> None:
+        """Wait until all flushed records are on the disk."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._record_writer.write(event.SerializeToString())
+
+    def _write(self) -> None:
+        """Write all pending records to the end of the file."""
+        with self.path.open("ab", buffering=0) as stream:
+            if stream.tell() > self._valid_size:
+                # An earlier write failed and left a part of what it had to write.
+                stream.truncate(self._valid_size)
+
+            content = self._pending.getvalue()
+            written = 0
+            while written < len(content):
+                written += stream.write(content[written:])
+
+        self._valid_size += len(content)
+        self._pending.seek(0)
+        self._pending.truncate()
+
+
+def _next_file_time(folder: Path) -> int:
+    """The present time in seconds, or one second later than the latest event file in the folder."""
+    file_time = int(time.time())
+    for path in folder.glob("events.out.tfevents.*.*"):
+        number = path.name.split(".")[3]
+        if number.isdecimal():
+            file_time = max(file_time, int(number) + 1)
+    return file_time
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read all scalars of a run as TensorBoard does.
+
+    This reads all event files of the run, which takes a while for a long run.
+
+    Returns:
+        The (step, value) pairs of each tag.
+    """
+    # Imported here, because its import takes a while and training rarely needs it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

@@ -1,0 +1,160 @@
+"""The newest valid checkpoint of all hosts is copied to rank 0; here the ranks are threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrd.checkpoint import store, transfer
+from lrd.distributed import communication
+from lrd.errors import UserError
+from tests.helpers.checkpoints import content, flip_a_bit, listed, make_state
+
+NUM_RANKS = 2
+
+
+class ThreadGroup:
+    """What `communication` needs of torch.distributed, with a thread for each rank."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(NUM_RANKS, timeout=30)
+        self._values: list[Any] = [None] * NUM_RANKS
+        self._thread = threading.local()
+
+    def run(self, action: Callable[[int], Any]) -> list[Any]:
+        """Call `action` with each rank. Returns the results, or the UserErrors that it raised."""
+
+        def act(rank: int) -> Any:
+            self._thread.rank = rank
+            try:
+                return action(rank)
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(NUM_RANKS) as pool:
+            return list(pool.map(act, range(NUM_RANKS)))
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return NUM_RANKS
+
+    def get_rank(self) -> int:
+        return int(self._thread.rank)
+
+    def all_gather_object(self, values: list[Any], value: Any) -> None:
+        self._values[self.get_rank()] = value
+        self._barrier.wait()
+        values[:] = self._values
+        self._barrier.wait()
+
+    def broadcast_object_list(self, values: list[Any], src: int) -> None:
+        gathered: list[Any] = [None] * NUM_RANKS
+        self.all_gather_object(gathered, list(values))
+        values[:] = gathered[src]
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> ThreadGroup:
+    group = ThreadGroup()
+    monkeypatch.setattr(communication, "dist", group)
+    return group
+
+
+@pytest.fixture
+def run_dirs(tmp_path: Path) -> list[Path]:
+    """The run directory on the host of each rank."""
+    return [tmp_path / f"host{rank}" / "run" for rank in range(NUM_RANKS)]
+
+
+def fetch(group: ThreadGroup, run_dirs: list[Path]) -> list[Any]:
+    return group.run(lambda rank: transfer.fetch_newest(run_dirs[rank]))
+
+
+def save(run_dir: Path, *steps: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        store.save(run_dir, make_state(step))
+
+
+def damage(run_dir: Path, step: int) -> None:
+    flip_a_bit(store.checkpoint_path(run_dir, step) / "model.safetensors")
+
+
+def test_a_later_checkpoint_is_copied_with_the_best_one_and_the_event_files(group, run_dirs):
+    save(run_dirs[0])
+    save(run_dirs[1], 1, 2, 3)
+    (run_dirs[1] / "events.out.tfevents.0").write_bytes(b"records")
+
+    assert fetch(group, run_dirs) == [None, None]
+    assert listed(run_dirs[0]) == ["step-00000001", "step-00000003"]
+    for step in (1, 3):
+        copied, source = (content(store.checkpoint_path(path, step)) for path in run_dirs)
+        assert copied == source
+    assert (run_dirs[0] / "events.out.tfevents.0").read_bytes() == b"records"
+    assert not (run_dirs[0] / ".transfer").exists()
+
+
+def test_nothing_is_copied_if_no_rank_has_a_later_valid_checkpoint(group, run_dirs):
+    save(run_dirs[0], 2)
+    save(run_dirs[1], 1, 2, 3)
+    damage(run_dirs[1], 3)
+    assert fetch(group, run_dirs) == [None, None]
+    assert listed(run_dirs[0]) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("other_steps", [[2, 3], [2]])
+def test_a_damaged_checkpoint_of_rank_0_does_not_hide_a_valid_one_of_another_host(
+    group, run_dirs, other_steps
+):
+    save(run_dirs[0], 1, 3)
+    damage(run_dirs[0], 3)
+    save(run_dirs[1], *other_steps)
+
+    assert fetch(group, run_dirs) == [None, None]
+    newest, _ = store.recover_newest(run_dirs[0])
+    assert newest == store.checkpoint_path(run_dirs[0], other_steps[-1])
+    assert "step-00000003.damaged" in listed(run_dirs[0])
+
+
+def test_what_a_killed_copy_left_is_not_added_to(group, run_dirs):
+    save(run_dirs[0], 1)
+    save(run_dirs[1], 2)
+    (run_dirs[1] / "events.out.tfevents.0").write_bytes(b"records")
+
+    staging = run_dirs[0] / ".transfer"
+    left = store.checkpoint_path(staging, 2)
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"a part")
+    (staging / "events.out.tfevents.0").write_bytes(b"a part")
+    store.checkpoint_path(staging, 5).mkdir()
+
+    assert fetch(group, run_dirs) == [None, None]
+    assert listed(run_dirs[0]) == ["step-00000001", "step-00000002"]
+    assert store.find_damage(store.checkpoint_path(run_dirs[0], 2)) is None
+    assert (run_dirs[0] / "events.out.tfevents.0").read_bytes() == b"records"
+    assert not staging.exists()
+
+
+def test_a_rank_that_cannot_list_its_checkpoints_does_not_leave_the_others_waiting(
+    group, run_dirs, monkeypatch
+):
+    list_steps = store.list_steps
+
+    def list_or_fail(run_dir: Path) -> list[int]:
+        if run_dir == run_dirs[1]:
+            raise PermissionError(13, "Permission denied", str(run_dir))
+        return list_steps(run_dir)
+
+    monkeypatch.setattr(store, "list_steps", list_or_fail)
+    errors = fetch(group, run_dirs)
+    assert len(errors) == NUM_RANKS
+    for error in errors:
+        assert "rank 1 on " in str(error)
+        assert str(error).endswith(f"{run_dirs[1]}: Permission denied")

@@ -1,0 +1,84 @@
+"""How one launcher ends if the others do not come; several launchers are in tests/launchers."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+from lrd.distributed import launcher_rendezvous, network
+from lrd.distributed.launcher_rendezvous import LauncherRendezvous
+
+
+def make_launcher(rank: str | None = "0") -> LauncherRendezvous:
+    """Make the launcher of one of two hosts, which waits for the other one for a second."""
+    return LauncherRendezvous(
+        RendezvousParameters(
+            backend="lrd",
+            endpoint="127.0.0.1:29500",
+            run_id="none",
+            min_nodes=2,
+            max_nodes=2,
+            rank=rank,
+            timeout="1",
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher sets this for its ranks; here it must not outlive the test."""
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def lose_store(*_: object) -> None:
+    raise DistNetworkError("the store is gone")
+
+
+@pytest.mark.parametrize("name", ["_meet", "_connect"])
+def test_a_main_host_that_is_lost_again_and_again_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    num_tries = 0
+
+    def fail(*_: object) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        lose_store()
+
+    monkeypatch.setattr(network, "wait_for_port", lambda *_, **__: "")
+    if name == "_meet":
+        monkeypatch.setattr(LauncherRendezvous, "_connect", lambda _: None)
+    monkeypatch.setattr(LauncherRendezvous, name, fail)
+
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        make_launcher(rank="1").next_rendezvous()
+    assert caught.value.code == 2
+    assert time.monotonic() - start < 5
+    assert num_tries < 10  # it does not keep a core busy
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lrd: ")
+    assert line.endswith("the store is gone")
+
+
+def test_without_a_machine_rank_on_the_command_line_the_message_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate", "launch", "-m", "lrd.train"])
+    with pytest.raises(SystemExit):
+        make_launcher(rank=None)
+    assert capsys.readouterr().err == (
+        "lrd: --machine_rank: give it on the command line; it cannot be read from the config file\n"
+    )
+
+    monkeypatch.setattr(sys, "argv", ["accelerate", "launch", "--machine_rank", "1"])
+    assert make_launcher(rank=None).machine_rank == 1
+
+    with pytest.raises(SystemExit):
+        launcher_rendezvous._find_machine_rank("first")
+    assert "--machine_rank: is first; must be 0 on the main host" in capsys.readouterr().err

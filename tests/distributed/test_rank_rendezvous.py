@@ -1,0 +1,52 @@
+"""What ranks compare and try before there is a process group; several ranks: tests/launchers."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from lrd.distributed import rank_rendezvous
+from lrd.distributed.meeting import Meeting
+from lrd.errors import RunError
+
+
+class LoneRank(rank_rendezvous._Ranks):
+    """The only rank of a start, which meets nobody."""
+
+    def __init__(self) -> None:
+        super().__init__(dist.HashStore(), 0, 1, time.monotonic() + 5, timedelta(seconds=5))
+
+    def meet(self, key: str, statement: dict[str, Any]) -> Meeting:
+        return Meeting(key, [1], [statement])
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
+    ],
+)
+def test_a_rank_listens_at_an_address_of_either_family(address: str) -> None:
+    rank_rendezvous._require_open_ports(LoneRank(), "start", ["rank 0 on a"], address)
+
+
+def test_a_rank_that_cannot_listen_passes_its_problem_on_to_the_others() -> None:
+    with pytest.raises(RunError) as caught:
+        rank_rendezvous._require_open_ports(LoneRank(), "start", ["rank 0 on a"], "203.0.113.9")
+    first, advice = str(caught.value).splitlines()
+    assert first.startswith("rank 0 on a cannot listen at 203.0.113.9: ")
+    assert advice.startswith("all TCP ports must be open")

@@ -1,0 +1,55 @@
+"""Whether two runs ended the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.helpers.launching import final_state
+from tests.helpers.tensorboard_events import read_scalars
+
+SPEED_TAG = "train/images_per_second"
+NUM_STEPS = 44  # of a run with launching.STEPS
+
+
+def assert_nested_equal(actual: object, expected: object) -> None:
+    """Nested state_dicts, tensors bit for bit."""
+    assert type(actual) is type(expected)
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for key in actual:
+            assert_nested_equal(actual[key], expected[key])
+    elif isinstance(actual, list):
+        assert len(actual) == len(expected)
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            assert_nested_equal(actual_item, expected_item)
+    elif isinstance(actual, torch.Tensor):
+        assert torch.equal(actual, expected)
+    else:
+        assert actual == expected
+
+
+def assert_same_final_state(run_dir: Path, expected_run_dir: Path) -> None:
+    """Weights, optimizer and schedule in the newest checkpoints."""
+    weights, optimizer, newest = final_state(run_dir)
+    expected_weights, expected_optimizer, expected_newest = final_state(expected_run_dir)
+    assert newest.name == expected_newest.name
+    assert_nested_equal(weights, expected_weights)
+    assert_nested_equal(optimizer, expected_optimizer)
+
+
+def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
+    """Final state and TensorBoard records of a run with launching.STEPS; all but its speed."""
+    assert_same_final_state(run_dir, undisturbed)
+    assert final_state(run_dir)[2].name == f"step-{NUM_STEPS:08d}"
+
+    records = read_scalars(run_dir)
+    expected = read_scalars(undisturbed)
+    assert records.keys() == expected.keys()
+    for tag in records.keys() - {SPEED_TAG}:
+        assert records[tag] == expected[tag], tag
+
+    all_steps = list(range(1, NUM_STEPS + 1))
+    assert [step for step, _ in records[SPEED_TAG]] == all_steps
+    assert [step for step, _ in expected[SPEED_TAG]] == all_steps
