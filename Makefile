@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m lrd.train recipes/digits_resnet34_sgd_lrd.yaml run_dir=runs/demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The inner loop: no launchers, no training, no compilers. Under a minute on two cores.
 FAST_TESTS := tests/recipe tests/data tests/tracking tests/distributed/test_communication.py \

@@ -14,6 +14,14 @@ from accelerate.state import AcceleratorState
 from tests.helpers.launching import STEPS, launch, train_command
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests that start launchers: they are the longest.
+
+    Two processes that run the tests then end at about the same time (`make test`).
+    """
+    items.sort(key=lambda item: "launchers" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Run directories of the job with STEPS, by the number of ranks; nothing interrupted the runs.
