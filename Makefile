@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# The inner loop: no launchers, no training, no compilers. Under a minute on two cores.
+# The inner loop: no launchers, no training, no compilers. Took 123 s on two cores that were busy.
 FAST_TESTS := tests/recipe tests/data tests/tracking tests/distributed/test_communication.py \
 	tests/distributed/test_network.py tests/distributed/test_replica_check.py \
 	tests/checkpoint/test_store.py tests/checkpoint/test_async_writer.py \
