@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-all faults lint format docs bench clean
+.PHONY: demo test test-fast test-all clients faults lint format docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m lrd.train recipes/digits_resnet34_sgd_lrd.yaml run_dir=runs/demo
@@ -25,6 +25,10 @@ test-fast: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# LRDropout in Lightning, Hugging Face's Trainer, timm and others, see docs/clients.md. It adds these packages to the environment.
+clients: $(VENV)/clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/clients tests/docs
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults
@@ -51,4 +55,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lrd needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev,docs]"
+	touch $@
+
+$(VENV)/clients: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev,docs,clients]"
 	touch $@

@@ -23,10 +23,12 @@ FLOORS = [
     {"job"},
     {"train"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAX_FILES_IN_A_FOLDER = 12
 MAY_IMPORT_ACCELERATE = {
+    "lrd.cli.launch",
     "lrd.distributed.accelerator",
     "lrd.distributed.communication",
     "lrd.job.evaluation",

@@ -46,6 +46,10 @@ Args:
     rescale (bool, optional): divide a kept element's update by keep_prob (default: False, as in
         the paper)
     masks (str, optional): what is masked, see :class:`lrd.LRDropout` (default: 'update')
+    first_index (int, optional): index of the first parameter in the position of its masks, where a
+        model has several optimizers (default: 0)
+    index_by (str, optional): 'order', or 'name' for masks that depend on a parameter's name and not
+        on its place, see :class:`lrd.LRDropout` (default: 'order')
 
 Differences from the authors' code (arXiv 1912.00144): keep_prob has no default of 0, at which
 nothing moves. Momentum, Nesterov and weight decay are torch's, in every combination, and weight
@@ -66,12 +70,23 @@ class _Masked:
         granularity: str = "element",
         rescale: bool = False,
         masks: str = "update",
+        first_index: int = 0,
+        index_by: str = "order",
         **kwargs: Any,
     ) -> None:
         super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
 
         assert isinstance(self, Optimizer)
-        LRDropout(self, keep_prob, seed, granularity, rescale, masks)
+        LRDropout(
+            self,
+            keep_prob=keep_prob,
+            seed=seed,
+            granularity=granularity,
+            rescale=rescale,
+            masks=masks,
+            first_index=first_index,
+            index_by=index_by,
+        )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Complete the signature and the docstring of each class below."""
@@ -184,4 +199,13 @@ class Adafactor(_Masked, torch.optim.Adafactor):
     """Adafactor with learning rate dropout.
 
     Its factored moments keep accumulating in dropped elements.
+    """
+
+
+class Muon(_Masked, torch.optim.Muon):
+    """Muon with learning rate dropout.
+
+    The momentum buffer keeps accumulating in dropped elements. The update is orthogonalized as a
+    whole before its elements are dropped. Decoupled weight decay is part of the update, so it does
+    not touch dropped elements. Muon takes matrices only.
     """

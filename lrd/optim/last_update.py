@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrd.optim import group_settings, mask, tensor_bits
+from lrd.optim import group_settings, mask
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GroupUpdate:
     group_number: int
     granularity: str
     draw_arguments: dict[str, Any]  # of `mask.draw`; the step may be a tensor
-    shapes: dict[int, torch.Size]  # by the parameter's index in the optimizer
+    shapes: dict[int, torch.Size]  # of whole parameters, by the index in their masks' position
 
     @classmethod
     def from_group(
@@ -36,13 +36,14 @@ class GroupUpdate:
         Args:
             number: the group's number in the optimizer.
             group: the group.
-            params: (index, parameter) of the parameters that the update moved.
+            params: (index, parameter) of the parameters that the update moved. The index is that
+                in the position of the masks.
         """
         return cls(
             group_number=number,
             granularity=group["mask_granularity"],
             draw_arguments=group_settings.draw_arguments(group),
-            shapes={index: tensor_bits.as_real(param).shape for index, param in params},
+            shapes={index: _real_shape(param) for index, param in params},
         )
 
     def draw_arguments_on_host(self) -> dict[str, Any]:
@@ -52,6 +53,11 @@ class GroupUpdate:
     def draw_shape(self, index: int) -> tuple[int, ...]:
         """The shape of a parameter's independent draws."""
         return mask.draw_shape(tuple(self.shapes[index]), self.granularity)
+
+
+def _real_shape(param: Tensor) -> torch.Size:
+    """The shape of a whole parameter's real view. A DTensor's shape is that of the whole."""
+    return torch.Size((*param.shape, 2)) if param.is_complex() else param.shape
 
 
 def kept_fractions(updates: list[GroupUpdate], n_groups: int) -> list[float]:

@@ -24,6 +24,9 @@ one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -106,6 +109,18 @@ def effective_keep_prob(keep_prob: float) -> float:
     return threshold(keep_prob) / (1 << RESOLUTION_BITS)
 
 
+@dataclass(slots=True)
+class Draw:
+    """What the mask of consecutive elements of one parameter is drawn with, as for `draw`."""
+
+    numel: int
+    seed: int
+    step: int
+    index: int
+    keep_prob: float
+    offset: int = 0
+
+
 def draw(
     numel: int,
     *,
@@ -136,30 +151,77 @@ def draw(
     Raises:
         ValueError: an argument is out of its range.
     """
-    check_seed(seed)
-    _check_counter_words(step=step, index=index, offset=offset, numel=numel)
-    if threshold(keep_prob) == _KEEPS_ALL or numel == 0:
-        return torch.ones(numel, dtype=torch.bool, device=device)
+    return draw_many([Draw(numel, seed, step, index, keep_prob, offset)], device)[0]
 
+
+def draw_many(
+    draws: Sequence[Draw],
+    device: torch.device | str = "cpu",
+    fill_keep_words: Callable[[Sequence[Blocks], NDArray[np.uint64]], None] | None = None,
+) -> list[Tensor]:
+    """Draw several masks at once: the bits of `draw`, but much less work where they are many.
+
+    Args:
+        draws: what to draw.
+        device: where the results lie. The bits of all masks travel there together.
+        fill_keep_words: draws the bits, as the function of this name in this module does, which is
+            taken if it is None.
+
+    Returns:
+        For each draw, a bool tensor of shape (numel,). They may share one storage.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
     # Only whole blocks can be drawn: from the block of the first element to that of the last.
-    first_block = offset // _BLOCK
-    end_block = _ceil_div(offset + numel, _BLOCK)
-    words = _keep_words(
-        threshold(keep_prob), seed, step, index, first_block, end_block - first_block
-    )
-    start = offset - first_block * _BLOCK  # the first element's index in these blocks
+    blocks: list[Blocks] = []
+    first_bits: dict[int, int] = {}  # by the draw's number: its first bit among all that are drawn
+    n_blocks = 0
 
+    for number, item in enumerate(draws):
+        check_seed(item.seed)
+        _check_counter_words(step=item.step, index=item.index, offset=item.offset, numel=item.numel)
+        limit = threshold(item.keep_prob)
+        if limit == _KEEPS_ALL or item.numel == 0:
+            continue
+
+        first_block = item.offset // _BLOCK
+        end_block = _ceil_div(item.offset + item.numel, _BLOCK)
+        blocks.append(
+            Blocks(limit, item.seed, item.step, item.index, first_block, end_block - first_block)
+        )
+        first_bits[number] = n_blocks * _BLOCK + item.offset - first_block * _BLOCK
+        n_blocks += end_block - first_block
+
+    words = np.empty(n_blocks * philox.WORDS_PER_BLOCK, np.uint64)
+    if blocks:
+        (fill_keep_words or _fill_keep_words)(blocks, words)
+    bits = _unpack(words, torch.device(device))
+
+    masks = []
+    for number, item in enumerate(draws):
+        if number in first_bits:
+            start = first_bits[number]
+            masks.append(bits[start : start + item.numel])
+        else:
+            masks.append(torch.ones(item.numel, dtype=torch.bool, device=device))
+
+    return masks
+
+
+def _unpack(words: NDArray[np.uint64], device: torch.device) -> Tensor:
+    """The bits of words as a bool tensor of shape (64 * len(words),) on a device."""
     # Little-endian words make bit e of the stream element e, on any host.
     octets = words.astype("<u8", copy=False).view(np.uint8)
 
-    if torch.device(device).type == "cpu":
-        bits = np.unpackbits(octets, count=start + numel, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)[start:]
+    if device.type == "cpu":
+        bits = np.unpackbits(octets, bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool)
 
     octets_on_device = torch.from_numpy(octets).to(device)  # uint8 (octets,)
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     bits_on_device = (octets_on_device[:, None] >> shifts) & 1  # uint8 (octets, 8)
-    return bits_on_device.view(torch.bool).flatten()[start : start + numel]
+    return bits_on_device.view(torch.bool).flatten()
 
 
 def count_kept(numel: int, *, seed: int, step: int, index: int, keep_prob: float) -> int:
@@ -182,8 +244,9 @@ def count_kept(numel: int, *, seed: int, step: int, index: int, keep_prob: float
     if threshold(keep_prob) == _KEEPS_ALL or numel == 0:
         return numel
 
-    n_blocks = _ceil_div(numel, _BLOCK)
-    words = _keep_words(threshold(keep_prob), seed, step, index, 0, n_blocks)
+    blocks = Blocks(threshold(keep_prob), seed, step, index, 0, _ceil_div(numel, _BLOCK))
+    words = np.empty(blocks.n_blocks * philox.WORDS_PER_BLOCK, np.uint64)
+    _fill_keep_words([blocks], words)
 
     # The last word may contain bits of elements beyond `numel`.
     n_whole_words, n_rest = divmod(numel, philox.WORD_BITS)
@@ -195,46 +258,152 @@ def count_kept(numel: int, *, seed: int, step: int, index: int, keep_prob: float
     return kept
 
 
-def _keep_words(
-    limit: int, seed: int, step: int, index: int, first_block: int, n_blocks: int
-) -> NDArray[np.uint64]:
-    """Whether u < limit, for the elements of whole blocks: one bit an element, 64 a word.
+@dataclass(slots=True)
+class Blocks:
+    """Consecutive blocks of 256 elements of one parameter, and what their mask is drawn with."""
+
+    limit: int  # the threshold, in 1 ... 65535
+    seed: int
+    step: int
+    index: int
+    first_block: int
+    n_blocks: int
+
+    @property
+    def planes(self) -> range:
+        """The bit planes that decide, from the lowest to the highest.
+
+        Below the limit's lowest set bit, u's bits decide nothing.
+        """
+        lowest_plane = RESOLUTION_BITS - (self.limit & -self.limit).bit_length()
+        return range(lowest_plane, -1, -1)
+
+
+# Blocks that are drawn at a time: their words stay in the cache.
+_CHUNK = 1 << 11
+
+# To set up a generator takes as long as to compute about 50 blocks by array operations instead.
+# Those cost a fixed time too, that of 64 generators.
+_FEW_BLOCKS = 32
+_MANY_STREAMS = 64
+
+
+def _fill_keep_words(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) -> None:
+    """Draw whether u < limit, for the elements of whole blocks: one bit an element, 64 a word.
+
+    Args:
+        all_blocks: what to draw.
+        words: uint64 (4 * n_blocks,) for the n_blocks of all together, in their order; overwritten.
+    """
+    block_words = words.reshape(-1, philox.WORDS_PER_BLOCK)
+    stops = np.cumsum([blocks.n_blocks for blocks in all_blocks]).tolist()
+    starts = [0, *stops[:-1]]
+
+    # Few blocks of one parameter are drawn together with those of others.
+    few = [number for number, blocks in enumerate(all_blocks) if blocks.n_blocks <= _FEW_BLOCKS]
+    if sum(len(all_blocks[number].planes) for number in few) < _MANY_STREAMS:
+        few = []
+
+    by_limit: dict[int, list[int]] = {}
+    for number in few:
+        by_limit.setdefault(all_blocks[number].limit, []).append(number)
+    for numbers in by_limit.values():
+        drawn = _draw_together([all_blocks[number] for number in numbers])
+        places = np.concatenate([np.arange(starts[number], stops[number]) for number in numbers])
+        block_words[places] = drawn
+
+    # The others one after the other, in chunks that threads share.
+    chunks = []
+    is_drawn = set(few)
+    for number, blocks in enumerate(all_blocks):
+        if number in is_drawn:
+            continue
+        for first in range(0, blocks.n_blocks, _CHUNK):
+            n_blocks = min(_CHUNK, blocks.n_blocks - first)
+            chunk = replace(blocks, first_block=blocks.first_block + first, n_blocks=n_blocks)
+            start = starts[number] + first
+            chunks.append((chunk, words[start * 4 : (start + n_blocks) * 4]))
+
+    n_threads = min(torch.get_num_threads(), len(chunks) // 2)
+    if n_threads < 2:
+        for chunk, chunk_words in chunks:
+            _draw_chunk(chunk, chunk_words)
+    else:
+        # NumPy draws without Python's lock.
+        with ThreadPoolExecutor(n_threads) as executor:
+            list(executor.map(lambda arguments: _draw_chunk(*arguments), chunks))
+
+
+def _draw_chunk(blocks: Blocks, words: NDArray[np.uint64]) -> None:
+    """Draw the bits of `_fill_keep_words` for consecutive blocks.
 
     The comparison goes through the bit planes from the lowest that matters to the highest, so each
     plane overrules those before it.
+    """
+    position = (blocks.index, blocks.step)
+    for plane in blocks.planes:
+        plane_words = philox.words(
+            blocks.seed, Domain.MASK, (plane, *position), blocks.first_block, blocks.n_blocks
+        )
+        _compare_plane(words, plane_words, plane, blocks)
 
-    Args:
-        limit: the threshold, in 1 ... 65535.
-        seed: as for :func:`draw`.
-        step: as for :func:`draw`.
-        index: as for :func:`draw`.
-        first_block: number of the first block.
-        n_blocks: how many blocks.
+
+def _draw_together(all_blocks: Sequence[Blocks]) -> NDArray[np.uint64]:
+    """Draw the bits of `_fill_keep_words` for blocks that have the limit in common.
 
     Returns:
-        uint64 array of shape (4 * n_blocks,).
+        uint64 (n_blocks, 4)
     """
-    # Below the limit's lowest set bit, u's bits decide nothing.
-    lowest_plane = RESOLUTION_BITS - (limit & -limit).bit_length()
+    n_blocks = [blocks.n_blocks for blocks in all_blocks]
+    first_blocks = np.array([blocks.first_block for blocks in all_blocks], np.uint64)
+    seeds = np.array([blocks.seed for blocks in all_blocks], np.uint64).repeat(n_blocks)
+    steps = np.array([blocks.step for blocks in all_blocks], np.uint64).repeat(n_blocks)
+    indices = np.array([blocks.index for blocks in all_blocks], np.uint64).repeat(n_blocks)
 
-    kept: NDArray[np.uint64] | None = None
-    for plane in range(lowest_plane, -1, -1):
-        plane_words = philox.words(seed, Domain.MASK, (plane, index, step), first_block, n_blocks)
-        zeros = np.invert(plane_words, out=plane_words)  # ones where u's bit is zero
-        limit_bit = limit >> (RESOLUTION_BITS - 1 - plane) & 1
+    # Each block's number in its parameter
+    places = np.arange(len(seeds)) - (np.cumsum(n_blocks) - n_blocks).repeat(n_blocks)
+    numbers = first_blocks.repeat(n_blocks) + places.astype(np.uint64)
 
-        if kept is None:
-            # The lowest set bit: u is smaller where its bit is zero, else equal and not smaller.
-            kept = zeros
-        elif limit_bit == 1:
-            # u is smaller where its bit is zero; elsewhere the planes before decide.
-            kept |= zeros
-        else:
-            # u is larger where its bit is one; elsewhere the planes before decide.
-            kept &= zeros
+    words = np.empty((len(seeds), philox.WORDS_PER_BLOCK), np.uint64)
+    planes = all_blocks[0].planes
+    chunk_size = max(1, 4 * _CHUNK // len(planes))
 
-    assert kept is not None
-    return kept
+    for start in range(0, len(seeds), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        counters = (numbers[chunk], indices[chunk], steps[chunk], seeds[chunk])
+        block, index, step, seed = [np.tile(values, len(planes)) for values in counters]
+        plane = np.array(planes, np.uint64).repeat(len(numbers[chunk]))
+
+        drawn = philox.words_at(seed, Domain.MASK, (block, plane, index, step))
+        drawn_planes = drawn.reshape(len(planes), -1, philox.WORDS_PER_BLOCK)
+        for number, plane_words in zip(planes, drawn_planes, strict=True):
+            _compare_plane(words[chunk], plane_words, number, all_blocks[0])
+
+    return words
+
+
+def _compare_plane(
+    kept: NDArray[np.uint64], plane_words: NDArray[np.uint64], plane: int, blocks: Blocks
+) -> None:
+    """Go on with the comparison u < limit by one plane, in `kept`. `plane_words` is overwritten.
+
+    Args:
+        kept: whether u < limit by the planes below; not read at the first plane.
+        plane_words: u's bits in this plane.
+        plane: its number, from the most significant.
+        blocks: with the limit.
+    """
+    zeros = np.invert(plane_words, out=plane_words)  # ones where u's bit is zero
+
+    if plane == blocks.planes[0]:
+        # The lowest set bit: u is smaller where its bit is zero, else equal and not smaller.
+        kept[...] = zeros
+    elif blocks.limit >> (RESOLUTION_BITS - 1 - plane) & 1:
+        # u is smaller where its bit is zero; elsewhere the planes before decide.
+        kept |= zeros
+    else:
+        # u is larger where its bit is one; elsewhere the planes before decide.
+        kept &= zeros
 
 
 def keep_mask(

@@ -19,27 +19,10 @@ MOMENTUM_BUFFER_WARNING = (
     "and SGD 10)"
 )
 
-_LBFGS_REFUSAL = (
-    "LBFGS cannot take learning rate dropout: its step evaluates the loss several times along a "
-    "line and keeps differences of iterates, and neither has a meaning when dropped elements are "
-    "restored afterwards"
-)
 
-
-def check_optimizer(optimizer: Optimizer, masks: str) -> None:
-    """Check that an optimizer can take such masks, and warn if they are a known fault.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(_LBFGS_REFUSAL)
-
-    for group in optimizer.param_groups:
-        check_target(optimizer, group, masks)
-
-    if masks == "momentum_buffer":
-        warnings.warn(MOMENTUM_BUFFER_WARNING, stacklevel=stacklevel_of_user())
+def warn_of_momentum_buffer() -> None:
+    """Warn that ``masks='momentum_buffer'`` is a known fault."""
+    warnings.warn(MOMENTUM_BUFFER_WARNING, stacklevel=stacklevel_of_user())
 
 
 def check_target(optimizer: Optimizer, group: dict[str, Any], masks: str) -> None:

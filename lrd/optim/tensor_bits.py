@@ -10,6 +10,9 @@ from torch import Tensor
 # Elements that `select` handles at a time on a CPU: its temporaries then stay in the cache.
 _CHUNK = 1 << 18
 
+# Up to as many elements, `torch.where` takes no longer than it takes to start several operations.
+_SMALL = 1 << 12
+
 _SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -65,7 +68,8 @@ def select(new: Tensor, old: Tensor, keep: Tensor) -> None:
         old: the values before it, of the same shape and dtype.
         keep: bool tensor that broadcasts to their shape.
     """
-    if new.device.type != "cpu" or keep.shape != new.shape or new.dim() == 0:
+    is_small = new.numel() <= _SMALL
+    if is_small or new.device.type != "cpu" or keep.shape != new.shape or new.dim() == 0:
         torch.where(keep, new, old, out=new)
         return
 

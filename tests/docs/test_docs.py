@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
+from accelerate.state import AcceleratorState
 
 from lrd import recipe
 from lrd.cli.app import app
@@ -29,6 +31,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 PROJECT_FILE = re.compile(
     r"(?<![\w/.<>-])(?:recipes|launch|lrd|tests|benchmarks|examples|docs)/[\w./-]*\w(?![\w/*<-])"
 )
+OPTIONAL_PACKAGES = ("lightning", "pytorch_optimizer", "schedulefree", "transformers")
 NOT_IN_THE_REPOSITORY = {
     "docs/_build/html",  # what `make docs` writes
     "recipes/x.yaml",  # stands for any recipe
@@ -63,8 +66,26 @@ def commands(page: Path) -> list[str]:
     return [*lines, *INLINE_CODE.findall(FENCE.sub("", text))]
 
 
+@pytest.fixture
+def only_rank(monkeypatch, tmp_path):
+    """A snippet runs in an empty folder, and as the only rank that torchrun would start."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")  # any free port
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("only_rank")
 @pytest.mark.parametrize("code", snippets("python"))
 def test_python_snippets_run(code):
+    for package in OPTIONAL_PACKAGES:
+        if re.search(rf"^import {package}$", code, re.MULTILINE):
+            pytest.importorskip(package, reason="`make clients` installs it")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a control that is no learning rate dropout warns
         exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})

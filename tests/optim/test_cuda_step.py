@@ -560,7 +560,7 @@ def test_the_dispatch_does_a_step_of_torchs(cuda_step, name, monkeypatch):
 
         old_params = copies(masked_params)
         with torch.no_grad():
-            one_pass_step(masked_optimizer, dispatch._list_updates(masked_optimizer))
+            one_pass_step(masked_optimizer, dispatch._list_updates(masked_optimizer, torch_class))
             for torch_param, old in zip(torch_params, old_params, strict=True):
                 torch_param.copy_(old)
         torch_optimizer.step()
@@ -664,7 +664,7 @@ def optimizer_with_many_groups(optimizer_class: Any, **options: Any) -> torch.op
 def take_one_pass_step(optimizer: torch.optim.Optimizer) -> None:
     """A step as a CUDA device would do it."""
     torch_class = dispatch._torch_class(optimizer)
-    dispatch._STEPS[torch_class, "cuda"](optimizer, dispatch._list_updates(optimizer))
+    dispatch._STEPS[torch_class, "cuda"](optimizer, dispatch._list_updates(optimizer, torch_class))
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])

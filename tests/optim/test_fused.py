@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch.optim import Optimizer
 
 import lrd.optim
 from lrd import LRDropout
-from lrd.optim.fused import dispatch
+from lrd.optim import mask
+from lrd.optim.fused import cpu_step, dispatch, loading
+from lrd.optim.placement import Placement
 from tests.helpers.optimizers import assert_same_bits, make_params, params_of
 
 # The last is more than one thread's chunk.
@@ -62,11 +65,16 @@ def make(
 
 
 def train(optimizer: Optimizer, steps: int = 3, scale: float = 1.0) -> None:
+    """Take steps. The reference, which cannot fuse, draws its masks by NumPy."""
     generator = torch.Generator().manual_seed(2)
-    for _ in range(steps):
-        for param in params_of(optimizer):
-            param.grad = torch.randn(param.shape, generator=generator) * scale
-        optimizer.step()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not optimizer._lr_dropout._can_fuse:
+            monkeypatch.setenv("LRD_FUSED", "0")
+
+        for _ in range(steps):
+            for param in params_of(optimizer):
+                param.grad = torch.randn(param.shape, generator=generator) * scale
+            optimizer.step()
 
 
 def assert_same(optimizer: Optimizer, other: Optimizer) -> None:
@@ -227,13 +235,72 @@ def test_a_step_that_torch_refuses_moves_nothing():
     assert bool((params[1] == 1).all())
 
 
-def test_a_few_elements_are_not_worth_a_compiler(monkeypatch):
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """As in a new process, whose user has chosen nothing."""
     monkeypatch.delenv("LRD_FUSED")
+    monkeypatch.delitem(sys.modules, "lrd.optim.fused.cpu_step")
+    monkeypatch.setattr(loading._SpentCost, "elements", 0)
+
+
+def test_a_large_step_is_worth_loading_the_kernels(nothing_loaded):
     for numel, is_fused in (((1 << 18) - 1, False), (1 << 18, True)):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(numel))], lr=0.1)
         dropout = LRDropout(optimizer)
         train(optimizer, steps=1)
         assert dropout.is_fused == is_fused
+
+
+@pytest.mark.parametrize(
+    ("n_tensors", "numel", "first_fused_step"), [(10, 1000, 53), (100, 100, 10)]
+)
+def test_small_steps_are_worth_it_together(nothing_loaded, n_tensors, numel, first_fused_step):
+    params = [nn.Parameter(torch.ones(numel)) for _ in range(n_tensors)]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    dropout = LRDropout(optimizer)
+
+    for step in range(1, first_fused_step + 2):
+        train(optimizer, steps=1)
+        assert dropout.is_fused == (step > first_fused_step)
+
+
+def test_kernels_that_are_loaded_are_used_at_once(nothing_loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lrd.optim.fused.cpu_step", cpu_step)
+    optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
+    train(optimizer, steps=1)
+    assert dropout.is_fused
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01})],
+)
+def test_what_the_user_calls_fused_is_taken_over_whatever_its_size(
+    optimizer_class, options, nothing_loaded, monkeypatch
+):
+    fused, dropout = make(optimizer_class, {**options, "fused": True}, keep_prob=0.5)
+    train(fused)
+    assert dropout.is_fused
+
+    # Without a compiler torch's own fused step is taken, and dropped elements are restored.
+    torchs, torchs_dropout = make(optimizer_class, {**options, "fused": True}, can_fuse=False)
+    train(torchs)
+    assert not torchs_dropout.is_fused
+
+    for param, torchs_param in zip(params_of(fused), params_of(torchs), strict=True):
+        torch.testing.assert_close(param, torchs_param, rtol=1e-5, atol=1e-6)
+        state, torchs_state = fused.state[param], torchs.state[torchs_param]
+        assert state.keys() == torchs_state.keys()
+        for key, value in state.items():
+            assert value.dtype is torchs_state[key].dtype
+            torch.testing.assert_close(value, torchs_state[key], rtol=1e-5, atol=1e-6)
+
+    # Its state_dict is one of torch's.
+    stock = optimizer_class(make_params(shapes=SHAPES), **options, fused=True)
+    stock.load_state_dict(fused.state_dict())
+    for param in params_of(stock):
+        param.grad = torch.ones_like(param)
+    stock.step()
 
 
 def test_gradients_are_there_again_after_the_step():
@@ -252,7 +319,6 @@ def test_gradients_are_there_again_after_the_step():
 
 
 UNSUPPORTED = {
-    "fused": (torch.optim.SGD, {"lr": 0.1, "fused": True}, {}),
     "amsgrad": (torch.optim.Adam, {"amsgrad": True}, {}),
     "beta1": (torch.optim.Adam, {"betas": (0.3, 0.9)}, {}),
     "lr tensor": (torch.optim.SGD, {"lr": torch.tensor(0.1)}, {}),
@@ -312,13 +378,10 @@ def test_a_subclass_with_its_own_step_is_left_to_it():
     assert 0.4 < difference.mean().item() < 0.6
 
 
-def test_a_closure_and_other_hooks_are_left_to_the_optimizer():
+def test_a_step_with_other_hooks_is_left_to_the_optimizer():
     optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
     train(optimizer, steps=1)
     assert dropout.is_fused
-
-    optimizer.step(lambda: torch.zeros(()))
-    assert dropout.is_fused is False
 
     # After LRDropout's hook: it may change the gradients.
     handle = optimizer.register_step_pre_hook(lambda *_: None)
@@ -354,18 +417,24 @@ def test_a_hook_that_changes_gradients_before_lrdropouts_takes_effect():
 # The kernels
 
 
+def change_numbers(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    """Give the kernels other numbers than those of the groups."""
+    set_numbers = cpu_step.Table.set_group_numbers
+
+    def set_wrong_numbers(table, group_number, numbers, mask_step):
+        mask_step = change.get("mask_step", mask_step)
+        wrong = {name: change.get(name, number) for name, number in numbers.items()}
+        set_numbers(table, group_number, wrong, mask_step)
+
+    monkeypatch.setattr(cpu_step.Table, "set_group_numbers", set_wrong_numbers)
+
+
 def test_wrong_kernels_are_not_used(monkeypatch):
-    cpu_step = dispatch._load_kernels("cpu")
-    right_sgd = cpu_step.sgd
-
-    def wrong_sgd(rows):
-        right_sgd([row | {"minus_lr": -0.5} for row in rows])
-
     dispatch.matches_torch.cache_clear()
     assert dispatch.matches_torch(torch.optim.SGD, torch.device("cpu"))
 
     dispatch.matches_torch.cache_clear()
-    monkeypatch.setattr(cpu_step, "sgd", wrong_sgd)
+    change_numbers(monkeypatch, {"minus_lr": -0.5})
     optimizer, dropout = make(torch.optim.SGD, {"lr": 0.1})
     with pytest.warns(UserWarning, match=r"not those of torch\.optim\.SGD") as warned:
         train(optimizer)
@@ -382,11 +451,7 @@ def test_wrong_kernels_are_not_used(monkeypatch):
     ids=str,
 )
 def test_kernels_that_draw_a_wrong_mask_are_not_used(optimizer_class, change, monkeypatch):
-    cpu_step = dispatch._load_kernels("cpu")
-    name = optimizer_class.__name__.lower()
-    right_step = getattr(cpu_step, name)
-    monkeypatch.setattr(cpu_step, name, lambda rows: right_step([row | change for row in rows]))
-
+    change_numbers(monkeypatch, change)
     dispatch.matches_torch.cache_clear()
     with pytest.warns(UserWarning, match="results are not those of torch"):
         assert not dispatch.matches_torch(optimizer_class, torch.device("cpu"))
@@ -436,13 +501,25 @@ def test_a_step_without_gradients_has_no_updates():
     assert dispatch.find_updates(optimizer) == []
 
 
-@pytest.mark.parametrize("change", [{"minus_lr": None}, {"plus_lr": 0.1}])
-def test_a_row_with_other_fields_is_refused(change):
-    cpu_step = dispatch._load_kernels("cpu")
-    row = dict.fromkeys(cpu_step.SGD_FIELDS.names, 1) | change
-    row = {name: value for name, value in row.items() if value is not None}
-    with pytest.raises(ValueError, match=r"fields do not match.*(minus|plus)_lr"):
-        cpu_step.make_table([row], cpu_step.SGD_FIELDS)
+def make_restore_table() -> cpu_step.Table:
+    return cpu_step.Table(cpu_step.RESTORE, [(0, 8, None), (1, 8, None)], [(0, 2)])
+
+
+def test_a_table_with_a_field_that_was_never_set_is_refused():
+    table = make_restore_table()
+    table.set_group_numbers(0, {"seed": 1, "threshold": 1}, 3)
+    with pytest.raises(ValueError, match=r"not set.*element_size"):
+        table.run([(1, 2), (3, 4)])
+
+
+def test_a_table_has_no_other_fields_and_tensors_than_its_own():
+    table = make_restore_table()
+    with pytest.raises(ValueError, match="no field plus_lr"):
+        table.set_group_numbers(0, {"plus_lr": 0.1}, 3)
+
+    table.set_group_numbers(0, {"seed": 1, "threshold": 1, "element_size": 4}, 3)
+    with pytest.raises(ValueError, match="1 tensors for a table of 2"):
+        table.run([(1, 2)])
 
 
 def test_a_compiler_that_fails_is_reported_once_and_training_goes_on(monkeypatch):
@@ -451,7 +528,7 @@ def test_a_compiler_that_fails_is_reported_once_and_training_goes_on(monkeypatch
     def fail(*_):
         raise RuntimeError("LLVM does not know this processor\nand more")
 
-    monkeypatch.setattr(dispatch._load_kernels("cpu"), "sgd", fail)
+    monkeypatch.setattr(cpu_step, "Table", fail)
     failing, dropout = make(torch.optim.SGD, {"lr": 0.1})
     with pytest.warns(UserWarning, match="LLVM does not know this processor") as warned:
         train(failing)
@@ -460,6 +537,7 @@ def test_a_compiler_that_fails_is_reported_once_and_training_goes_on(monkeypatch
     assert dropout.is_fused is False
 
     monkeypatch.undo()
+    monkeypatch.setenv("LRD_FUSED", "1")
     working, _ = make(torch.optim.SGD, {"lr": 0.1})
     train(working)
     assert_same(failing, working)
@@ -549,6 +627,147 @@ def test_a_state_of_another_shape_is_refused_as_torch_refuses_it():
     param.grad = torch.ones(5000)
     with pytest.raises(RuntimeError, match="must match the size"):
         optimizer.step()
+
+
+# What is kept from step to step
+
+
+def test_tensors_that_move_between_steps_are_found():
+    """Every address is looked up at each step: whatever moves, its new memory is updated."""
+    results = []
+    for can_fuse in (True, False):
+        optimizer, dropout = make(
+            torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, can_fuse=can_fuse, keep_prob=0.75
+        )
+        params = params_of(optimizer)
+        train(optimizer)
+
+        moved = params[-1].detach().clone()
+        params[-1].data = moved
+        train(optimizer)
+        assert dropout.is_fused == can_fuse
+        assert params[-1].data_ptr() == moved.data_ptr()
+
+        # Another shape of as many elements, and another state
+        params[4].data = params[4].data.clone().view(4, 27)
+        optimizer.state[params[4]]["momentum_buffer"] = torch.ones(4, 27)
+        train(optimizer)
+
+        # Groups of another size, and other numbers
+        first_group = optimizer.param_groups[0]
+        second_group = dict(first_group, params=first_group["params"][3:], lr=0.2, keep_prob=0.5)
+        first_group["params"] = first_group["params"][:3]
+        optimizer.param_groups.append(second_group)
+        train(optimizer)
+        optimizer.param_groups[1]["weight_decay"] = 0.1
+        train(optimizer)
+
+        # The first parameters get no gradient any more.
+        for param in params[:2]:
+            param.requires_grad_(False)
+            param.grad = None
+        params[5].grad = torch.ones(())
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("LRD_FUSED", str(int(can_fuse)))
+            optimizer.step()
+
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer)
+        assert dropout.is_fused == can_fuse
+        results.append(optimizer)
+
+    assert_same(*results)
+
+
+def test_groups_of_other_sizes_do_not_take_over_old_numbers():
+    """The first sizes come back: what was set for them in between is not what they had."""
+    results = []
+    for can_fuse in (True, False):
+        optimizer, _ = make(torch.optim.SGD, {"lr": 0.1}, can_fuse=can_fuse)
+        group = optimizer.param_groups[0]
+        params = group["params"]
+        for n_first in (4, 7, 4):
+            optimizer.param_groups[:] = [{**group, "params": params[:n_first]}]
+            if n_first < len(params):
+                optimizer.param_groups.append({**group, "params": params[n_first:], "lr": 0.3})
+            train(optimizer, steps=1)
+        results.append(optimizer)
+
+    assert_same(*results)
+
+
+# Parts of a parameter
+
+
+BOXES = [
+    ((1000,), (300,), (457,)),
+    ((1000,), (255,), (258,)),
+    ((40, 30), (10, 0), (7, 30)),
+    ((40, 30), (0, 10), (40, 7)),
+    ((9, 256), (0, 31), (9, 33)),
+    ((9, 257), (1, 224), (8, 33)),
+    ((5, 60, 6), (1, 25, 2), (3, 30, 3)),
+    ((5, 60, 6), (0, 20, 0), (5, 20, 6)),
+    ((3, 100_000), (1, 100), (2, 70_000)),
+]
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("keep_prob", [0.5, 0.9])
+def test_a_box_of_a_parameter_moves_as_it_does_in_the_whole(optimizer_class, keep_prob):
+    """All shapes in one optimizer, whose tables then have several records for some tensors."""
+    generator = torch.Generator().manual_seed(1)
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    if optimizer_class is torch.optim.SGD:
+        options["momentum"] = 0.9
+
+    boxes = [Placement(*box) for box in BOXES]
+    wholes = [nn.Parameter(torch.randn(box.shape, generator=generator)) for box in boxes]
+    parts = [
+        nn.Parameter(box.box(whole.detach()).clone())
+        for box, whole in zip(boxes, wholes, strict=True)
+    ]
+    whole_optimizer = optimizer_class(wholes, **options)
+    LRDropout(whole_optimizer, keep_prob=keep_prob, seed=5)._can_fuse = False
+    part_optimizer = optimizer_class(parts, **options)
+    LRDropout(part_optimizer, keep_prob=keep_prob, seed=5)
+
+    items = [
+        SimpleNamespace(group_number=0, mask_index=index, param=part, placement=box)
+        for index, (part, box) in enumerate(zip(parts, boxes, strict=True))
+    ]
+    for _ in range(2):
+        train(whole_optimizer, steps=1)
+        for part, whole, box in zip(parts, wholes, boxes, strict=True):
+            part.grad = box.box(whole.grad).clone()
+
+        with torch.no_grad():
+            updates = dispatch.find_updates(part_optimizer, items)
+            assert len(updates) == len(boxes)
+            dispatch.step_in_one_pass(part_optimizer, updates)
+        part_optimizer.param_groups[0]["mask_step"] += 1
+
+    for part, whole, box in zip(parts, wholes, boxes, strict=True):
+        assert_same_bits(part, box.box(whole.detach()))
+        for key, value in part_optimizer.state[part].items():
+            whole_value = whole_optimizer.state[whole][key]
+            assert_same_bits(value, whole_value if value.dim() == 0 else box.box(whole_value))
+
+
+def test_an_index_that_is_a_hash_needs_all_64_bits():
+    param = nn.Parameter(torch.zeros(500))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    LRDropout(optimizer, seed=5)
+    param.grad = torch.ones(500)
+    index = (1 << 64) - 2
+
+    item = SimpleNamespace(group_number=0, mask_index=index, param=param, placement=None)
+    with torch.no_grad():
+        updates = dispatch.find_updates(optimizer, [item])
+        dispatch.step_in_one_pass(optimizer, updates)
+
+    expected = mask.draw(500, seed=5, step=0, index=index, keep_prob=0.5)
+    assert torch.equal(param != 0, expected)
 
 
 # Tensors and numbers of an odd kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import cache
 from itertools import pairwise
@@ -361,3 +362,48 @@ def test_a_negative_number_of_elements_cannot_be_counted():
 def test_an_unknown_granularity_is_refused(granularity):
     with pytest.raises(ValueError, match="granularity"):
         mask.keep_mask((2, 2), seed=0, step=0, index=0, keep_prob=0.5, granularity=granularity)
+
+
+# Many masks at once
+
+
+def few_and_many_draws() -> list[mask.Draw]:
+    """Enough small draws to be drawn together, some large ones between them, two limits."""
+    draws = []
+    for number in range(70):
+        draws.append(
+            mask.Draw(
+                numel=(1, 255, 256, 300, 9000)[number % 5],
+                seed=FULL - number % 2,
+                step=number // 7,
+                index=FULL if number == 3 else number,
+                keep_prob=(0.5, 0.9)[number % 3 % 2],
+                offset=(0, 100, 1 << 41)[number % 3],
+            )
+        )
+    draws.append(mask.Draw(3 * 2048 * 256 + 5, seed=1, step=2, index=3, keep_prob=0.75, offset=9))
+    draws.append(mask.Draw(0, seed=1, step=2, index=3, keep_prob=0.75))
+    draws.append(mask.Draw(40, seed=1, step=2, index=3, keep_prob=1.0))
+    return draws
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_masks_drawn_together_are_those_drawn_alone(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draws = few_and_many_draws()
+    for item, drawn in zip(draws, mask.draw_many(draws), strict=True):
+        assert drawn.dtype is torch.bool
+        assert torch.equal(drawn, mask.draw(**dataclasses.asdict(item))), item
+
+
+def test_small_masks_drawn_together_are_those_of_the_definition():
+    draws = [mask.Draw(40, 5, number, 2, 0.9, offset=250) for number in range(20)]
+    for item, drawn in zip(draws, mask.draw_many(draws), strict=True):
+        assert drawn.tolist() == reference_mask(**dataclasses.asdict(item))
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_array_operations_give_the_known_answers(counter, key, words):
+    seed = np.array([key[0]], np.uint64)
+    counters = tuple(np.array([word], np.uint64) for word in counter)
+    assert philox.words_at(seed, key[1], counters).tolist() == [list(words)]

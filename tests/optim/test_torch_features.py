@@ -127,6 +127,10 @@ def test_every_implementation_equals_the_stock_one_except_for_dropped_elements(
 ):
     arguments = {**arguments, **implementation}
     ours = with_dropout(cls, arguments, shapes=LARGE, steps=2)
+    # What the user has marked as fused is taken in one pass where the kernels can do it, and they
+    # round as torch's for-loop does.
+    if arguments.get("fused") and cls is not torch.optim.Adagrad and "amsgrad" not in arguments:
+        arguments |= {"fused": False, "foreach": False}
     stock = by_hand(cls, arguments, shapes=LARGE, steps=2)
     for ours_now, stock_now in zip(ours, stock, strict=True):
         assert_same_bits(ours_now, stock_now)
@@ -195,6 +199,102 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_compiled_step_is_the_compiled_stock_step_except_for_dropped_elements(name, backend):
     assert_compiled_equals_by_hand(backend, *COMPILED[name])
+
+
+# torch.compile(fullgraph=True): the loss and its gradients may be one graph, the step may not.
+
+INPUTS = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.tensor([0, 1, 1, 0, 1, 0, 0])
+
+
+def small_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator))
+    return model
+
+
+def loss_in_eager_mode(model: nn.Module) -> Step:
+    def compute_gradients() -> None:
+        nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
+
+    return compute_gradients
+
+
+def loss_in_one_graph(model: nn.Module) -> Step:
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(INPUTS), TARGETS)
+
+    return lambda: loss().backward()
+
+
+def gradients_in_one_graph(model: nn.Module) -> Step:
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        outputs = torch.func.functional_call(model, params, (INPUTS,))
+        return nn.functional.cross_entropy(outputs, TARGETS)
+
+    compiled_gradients = torch.compile(torch.func.grad(loss), fullgraph=True, backend="eager")
+
+    def compute_gradients() -> None:
+        params = dict(model.named_parameters())
+        for name, gradient in compiled_gradients(params).items():
+            params[name].grad = gradient.detach()
+
+    return compute_gradients
+
+
+@ignore_torchs_own_deprecations
+@pytest.mark.parametrize("gradients_of", [loss_in_one_graph, gradients_in_one_graph])
+def test_a_loss_and_its_gradients_may_be_one_graph(gradients_of):
+    torch.compiler.reset()
+    model, stock_model = small_model(), small_model()
+    params, stock_params = list(model.parameters()), list(stock_model.parameters())
+    optimizer, stock = SGD[0](params, **SGD[1]), SGD[0](stock_params, **SGD[1])
+    LRDropout(optimizer, keep_prob=KEEP_PROB, seed=SEED)
+
+    compute_gradients = gradients_of(model)
+    compute_stock_gradients = loss_in_eager_mode(stock_model)
+    for step in range(4):
+        masks = kept(params, step)
+        before, stock_before = values(params), values(stock_params)
+
+        optimizer.zero_grad()
+        compute_gradients()
+        optimizer.step()
+
+        stock.zero_grad()
+        compute_stock_gradients()
+        stock.step()
+        for param, old, keep in zip(stock_params, stock_before, masks, strict=True):
+            param.data.copy_(torch.where(keep, param.detach(), old))
+
+        # A compiler may round otherwise, but what is dropped stays.
+        torch.testing.assert_close(params, stock_params)
+        for param, old, keep in zip(params, before, masks, strict=True):
+            assert_same_bits(param[~keep], old[~keep])
+
+
+# torch does not compile SGD's own step with fullgraph=True; it does compile Muon's.
+@ignore_torchs_own_deprecations
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Muon])
+def test_a_step_in_one_graph_is_refused_before_anything_moves(cls):
+    params = make_params(shapes=((6, 5), (4, 3)))
+    optimizer = cls(params, lr=0.1)
+    LRDropout(optimizer, keep_prob=KEEP_PROB, seed=SEED)
+    give_gradients(params, 0)
+
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"LRDropout\._before_step"):
+        torch.compile(optimizer.step, fullgraph=True, backend="eager")()
+    assert_same_bits(params, make_params(shapes=((6, 5), (4, 3))))
+    assert optimizer.param_groups[0]["mask_step"] == 0
+
+    expected = by_hand(cls, {"lr": 0.1}, steps=1, shapes=((6, 5), (4, 3)))
+    optimizer.step()
+    assert_same_bits(params, expected[0])
 
 
 def test_several_optimizers_in_one_program_do_what_each_does_alone():

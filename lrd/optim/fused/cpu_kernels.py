@@ -1,5 +1,9 @@
 """Numba kernels of a masked optimizer step for a list of tensors, called by `cpu_step`.
 
+A record of a table describes a run of elements that is contiguous both in memory and in the
+parameter that it belongs to: usually a whole parameter, or a piece of a shard. Two more kernels
+serve the steps that the optimizer takes by itself: one restores dropped elements, one draws masks.
+
 The mask is drawn in registers for 256 elements at a time and applied to the update before it is
 stored, so it takes no memory: neither traffic nor space. Its bits are those of `lrd.optim.mask`,
 one Philox block for each bit plane.
@@ -15,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, float32, from_dtype, int64, njit, types, uint32, uint64
+from numba import carray, float32, from_dtype, int64, njit, types, uint8, uint16, uint32, uint64
 from numba.extending import intrinsic
 
 from lrd import philox
@@ -23,9 +27,9 @@ from lrd import philox
 # What a kernel is called with. All but the two counts are addresses.
 JOB_FIELDS = np.dtype(
     [
-        ("tensors", "i8"),  # records of SGD_FIELDS or ADAM_FIELDS
-        ("n_tensors", "i8"),
-        ("chunks", "i8"),  # int64 (n_chunks, 3): tensor's number, first element, count
+        ("records", "i8"),  # of SGD_FIELDS, ADAM_FIELDS, RESTORE_FIELDS or DRAW_FIELDS
+        ("n_records", "i8"),
+        ("chunks", "i8"),  # int64 (n_chunks, 3): record's number, first element, count
         ("n_chunks", "i8"),
         ("next_chunk", "i8"),  # int64 (): the first chunk that no thread has claimed
         ("square_root", "i8"),  # MKL's function, 0: the processor's instruction
@@ -33,37 +37,41 @@ JOB_FIELDS = np.dtype(
     ]
 )
 
-_TENSOR_FIELDS = [
-    ("numel", "i8"),
-    ("param", "i8"),  # address, as are `grad` and the optimizer's states below
-    ("grad", "i8"),
-    ("is_maximized", "?"),
-    ("weight_decay", "f4"),
-]
+# Addresses come first, see `cpu_step.Kernel`.
 _MASK_FIELDS = [
-    ("index", "u8"),  # the parameter's, counted through the optimizer's groups
+    ("numel", "i8"),
+    ("offset", "i8"),  # the first element's index in the whole parameter
+    ("index", "u8"),  # the parameter's, in the position of its masks
     ("mask_step", "u8"),
     ("seed", "u8"),
     ("threshold", "i8"),  # 1 to 65536, see `lrd.optim.mask`
+]
+_STEP_FIELDS = [
+    *_MASK_FIELDS,
     ("update_divisor", "f4"),  # divides a kept element's update; 0: no division
+    ("is_maximized", "?"),
+    ("weight_decay", "f4"),
 ]
 SGD_FIELDS = np.dtype(
     [
-        *_TENSOR_FIELDS,
+        ("param", "i8"),
+        ("grad", "i8"),
         ("momentum_buffer", "i8"),  # any address that may be read where momentum is 0
+        *_STEP_FIELDS,
         ("is_first_step", "?"),  # the buffer becomes the gradient, whatever it holds
         ("minus_lr", "f4"),
         ("momentum", "f4"),
         ("one_minus_dampening", "f4"),
         ("is_nesterov", "?"),
-        *_MASK_FIELDS,
     ]
 )
 ADAM_FIELDS = np.dtype(
     [
-        *_TENSOR_FIELDS,
+        ("param", "i8"),
+        ("grad", "i8"),
         ("exp_avg", "i8"),
         ("exp_avg_sq", "i8"),
+        *_STEP_FIELDS,
         ("is_decoupled", "?"),  # AdamW's weight decay
         ("decay_factor", "f4"),  # 1 - lr * weight_decay
         ("one_minus_beta1", "f4"),
@@ -72,20 +80,32 @@ ADAM_FIELDS = np.dtype(
         ("bias_correction2_sqrt", "f4"),  # sqrt(1 - beta2**step)
         ("eps", "f4"),
         ("minus_step_size", "f4"),  # -lr / (1 - beta1**step)
+    ]
+)
+RESTORE_FIELDS = np.dtype(
+    [
+        ("new", "i8"),  # the values after a step; dropped ones are overwritten
+        ("old", "i8"),  # the values before it
+        *_MASK_FIELDS,
+        ("element_size", "i8"),  # bytes: 1, 2, 4 or 8
+    ]
+)
+DRAW_FIELDS = np.dtype(
+    [
+        ("keep_words", "i8"),  # uint32 (numel / 32), numel being a multiple of 256
         *_MASK_FIELDS,
     ]
 )
 _JOB = from_dtype(JOB_FIELDS)
 _SGD = from_dtype(SGD_FIELDS)
 _ADAM = from_dtype(ADAM_FIELDS)
+_RESTORE = from_dtype(RESTORE_FIELDS)
+_DRAW = from_dtype(DRAW_FIELDS)
 
 BLOCK = philox.BLOCK_BITS  # elements that one Philox block decides
 
 # Elements whose square roots are taken in one call. With more, the memory is idle for longer.
 _PIECE = 1 << 9
-
-# A block's bits are drawn at its first element, so each loop over elements must begin at one.
-assert _PIECE % BLOCK == 0
 
 # Philox4x64-10, see `lrd.philox`
 _MULTIPLIER_0 = uint64(philox.MULTIPLIER_0)
@@ -275,11 +295,21 @@ def _draw_block(block, index, mask_step, seed, threshold, keep_words):
 
 
 @njit(inline="always")
-def _next_keep_word(keep_words, element, index, mask_step, seed, threshold):
-    """The keep bits of 32 elements from `element` on; draws a block when its first is asked for."""
-    if element % BLOCK == 0:
-        _draw_block(uint64(element // BLOCK), index, mask_step, seed, threshold, keep_words)
-    return keep_words[(element // 32) % 8]
+def _next_keep_word(keep_words, element, is_first, index, mask_step, seed, threshold):
+    """The keep bits from `element` on: the lowest bit is its, and 32 - element % 32 bits are valid.
+
+    A block is drawn when its first element is asked for, or any element if `is_first`.
+    """
+    element = uint64(element)
+    if is_first or element % uint64(BLOCK) == 0:
+        _draw_block(element // uint64(BLOCK), index, mask_step, seed, threshold, keep_words)
+    return keep_words[(element // uint64(32)) % uint64(8)] >> uint32(element % uint64(32))
+
+
+@njit(inline="always")
+def _count_until_next_word(element, n_left):
+    """How many of the next `n_left` elements have their keep bits in the word of `element`."""
+    return min(32 - element % 32, n_left)
 
 
 @njit(inline="always", error_model="numpy")
@@ -304,11 +334,11 @@ def _claim_chunks(next_chunk, n_chunks):
 
 @njit(inline="always")
 def _unpack_job(job_address, record_type):
-    """The table of tensors, the chunks, the address of the next chunk, and MKL's two functions."""
+    """The table of records, the chunks, the address of the next chunk, and MKL's two functions."""
     job = carray(_as_pointer(job_address, _JOB), 1)[0]
-    tensors = carray(_as_pointer(job.tensors, record_type), job.n_tensors)
+    records = carray(_as_pointer(job.records, record_type), job.n_records)
     chunks = carray(_as_pointer(job.chunks, int64), (job.n_chunks, 3))
-    return tensors, chunks, job.next_chunk, (job.square_root, job.set_num_threads)
+    return records, chunks, job.next_chunk, (job.square_root, job.set_num_threads)
 
 
 @njit(inline="always")
@@ -319,11 +349,11 @@ def _floats(address, start, count):
 
 def sgd_kernel(job_address):
     """Stochastic gradient descent: a C function of a job's address, for each thread to call."""
-    tensors, chunks, next_chunk, _ = _unpack_job(job_address, _SGD)
+    records, chunks, next_chunk, _ = _unpack_job(job_address, _SGD)
     keep_words = np.empty(8, np.uint32)  # of 256 elements
 
     for c in _claim_chunks(next_chunk, len(chunks)):
-        row = tensors[chunks[c, 0]]
+        row = records[chunks[c, 0]]
         start = chunks[c, 1]
         count = chunks[c, 2]
 
@@ -333,6 +363,7 @@ def sgd_kernel(job_address):
 
         # Into registers. The compiler cannot rule out that the loop writes over the table, and
         # would load these values again for each element.
+        offset = row.offset
         is_maximized = row.is_maximized
         is_first_step = row.is_first_step
         is_nesterov = row.is_nesterov
@@ -346,10 +377,15 @@ def sgd_kernel(job_address):
         threshold = row.threshold
         update_divisor = row.update_divisor
 
-        for done in range(0, count, 32):
-            keep_word = _next_keep_word(keep_words, start + done, index, mask_step, seed, threshold)
+        done = 0
+        while done < count:
+            element = offset + start + done  # in the whole parameter
+            keep_word = _next_keep_word(
+                keep_words, element, done == 0, index, mask_step, seed, threshold
+            )
+            n_lanes = _count_until_next_word(element, count - done)
 
-            for lane in range(min(32, count - done)):
+            for lane in range(n_lanes):
                 i = np.uintp(done + lane)
                 old = params[i]
                 grad = grads[i]
@@ -371,10 +407,12 @@ def sgd_kernel(job_address):
                 new = _fma(minus_lr, update, old)
                 params[i] = _select(keep_word, lane, new, old, update_divisor)
 
+            done += n_lanes
+
 
 def adam_kernel(job_address):
     """Adam, or AdamW where `is_decoupled`: a C function as `sgd_kernel` is."""
-    tensors, chunks, next_chunk, mkl_functions = _unpack_job(job_address, _ADAM)
+    records, chunks, next_chunk, mkl_functions = _unpack_job(job_address, _ADAM)
     square_root, set_num_threads = mkl_functions
     keep_words = np.empty(8, np.uint32)  # of 256 elements
     roots = np.empty(_PIECE, np.float32)
@@ -383,11 +421,12 @@ def adam_kernel(job_address):
     threads_before = _call_mkl_set_num_threads(set_num_threads, 1) if square_root != 0 else 0
 
     for c in _claim_chunks(next_chunk, len(chunks)):
-        row = tensors[chunks[c, 0]]
+        row = records[chunks[c, 0]]
         chunk_start = chunks[c, 1]
         chunk_stop = chunks[c, 1] + chunks[c, 2]
 
         # Into registers, as in `sgd_kernel`.
+        offset = row.offset
         is_maximized = row.is_maximized
         is_decoupled = row.is_decoupled
         weight_decay = row.weight_decay
@@ -431,12 +470,16 @@ def adam_kernel(job_address):
                     roots[k] = np.sqrt(roots[k])
 
             # The update, under the mask
-            for done in range(0, count, 32):
+            done = 0
+            while done < count:
+                element = offset + start + done  # in the whole parameter
+                is_first = start + done == chunk_start
                 keep_word = _next_keep_word(
-                    keep_words, start + done, index, mask_step, seed, threshold
+                    keep_words, element, is_first, index, mask_step, seed, threshold
                 )
+                n_lanes = _count_until_next_word(element, count - done)
 
-                for lane in range(min(32, count - done)):
+                for lane in range(n_lanes):
                     i = np.uintp(done + lane)
                     old = params[i]
                     new = old * decay_factor if weight_decay != 0 and is_decoupled else old
@@ -445,5 +488,86 @@ def adam_kernel(job_address):
                     new = new + minus_step_size * exp_avgs[i] / denominator
                     params[i] = _select(keep_word, lane, new, old, update_divisor)
 
+                done += n_lanes
+
     if square_root != 0:
         _call_mkl_set_num_threads(set_num_threads, threads_before)
+
+
+def restore_kernel(job_address):
+    """Give dropped elements their old bits: a C function as `sgd_kernel` is."""
+    records, chunks, next_chunk, _ = _unpack_job(job_address, _RESTORE)
+    keep_words = np.empty(8, np.uint32)  # of 256 elements
+
+    for c in _claim_chunks(next_chunk, len(chunks)):
+        row = records[chunks[c, 0]]
+        start = chunks[c, 1]
+        count = chunks[c, 2]
+
+        if row.element_size == 4:
+            _restore_chunk(row, start, count, uint32, keep_words)
+        elif row.element_size == 2:
+            _restore_chunk(row, start, count, uint16, keep_words)
+        elif row.element_size == 8:
+            _restore_chunk(row, start, count, uint64, keep_words)
+        else:
+            _restore_chunk(row, start, count, uint8, keep_words)
+
+
+@njit(inline="always")
+def _restore_chunk(row, start, count, bits_type, keep_words):
+    """Restore dropped elements of one chunk, whose elements have the size of `bits_type`."""
+    first_byte = start * row.element_size
+    new = carray(_as_pointer(row.new + first_byte, bits_type), count)
+    old = carray(_as_pointer(row.old + first_byte, bits_type), count)
+
+    # Into registers, as in `sgd_kernel`.
+    offset = row.offset
+    index = row.index
+    mask_step = row.mask_step
+    seed = row.seed
+    threshold = row.threshold
+
+    done = 0
+    while done < count:
+        element = offset + start + done  # in the whole parameter
+        keep_word = _next_keep_word(
+            keep_words, element, done == 0, index, mask_step, seed, threshold
+        )
+        n_lanes = _count_until_next_word(element, count - done)
+
+        for lane in range(n_lanes):
+            i = np.uintp(done + lane)
+            new_bits = new[i]
+            old_bits = old[i]
+
+            # Without a branch, which would be mispredicted half the time
+            is_kept = (keep_word >> uint32(lane)) & uint32(1)
+            keep_bits = bits_type(0) - bits_type(is_kept)
+            new[i] = old_bits ^ ((new_bits ^ old_bits) & keep_bits)
+
+        done += n_lanes
+
+
+def draw_kernel(job_address):
+    """Draw the keep bits of whole blocks: a C function as `sgd_kernel` is.
+
+    `offset` and `numel` are multiples of 256.
+    """
+    records, chunks, next_chunk, _ = _unpack_job(job_address, _DRAW)
+
+    for c in _claim_chunks(next_chunk, len(chunks)):
+        row = records[chunks[c, 0]]
+        start = chunks[c, 1]
+        count = chunks[c, 2]
+        keep_words = carray(_as_pointer(row.keep_words + start // 8, uint32), count // 32)
+
+        for block in range(count // BLOCK):
+            _draw_block(
+                uint64((row.offset + start) // BLOCK + block),
+                row.index,
+                row.mask_step,
+                row.seed,
+                row.threshold,
+                keep_words[block * 8 : block * 8 + 8],
+            )

@@ -63,7 +63,7 @@ class _Tables:
                 "second_state": states[1][number].data_ptr() if len(states) > 1 else 0,
                 "numel": param.numel(),
                 "first_chunk": len(tensor_of_chunk),
-                "index": indices[number],
+                "index": _as_int64(indices[number]),
                 "channels": channels,
                 "area": area,
                 "step": steps[number].data_ptr() if steps else 0,
@@ -396,6 +396,11 @@ def adam(
 def _scalar(lr: float | Tensor) -> float | Tensor:
     """The lr as a kernel takes it: a tensor for a pointer, else a float, never an int."""
     return lr if isinstance(lr, Tensor) else float(lr)
+
+
+def _as_int64(index: int) -> int:
+    """The int64 of the same bits as a uint64: an index that is a hash needs all 64."""
+    return index - (1 << 64) if index >= 1 << 63 else index
 
 
 def _ceil_divide(number: int, divisor: int) -> int:

@@ -9,23 +9,22 @@ The choice affects speed alone. On a CPU the bits are those of torch's for-loop;
 those of torch's `fused=True`. `matches_torch` compares them before the first step. Where they
 differ, nothing is taken over and a warning says so.
 
-The environment variable LRD_FUSED, read at each step:
-    0: nothing is taken over.
-    1: on a CPU small models are taken over too, for which compiling the kernels takes longer than
-       they save.
-    Not set: on a CPU only steps of at least 2**18 elements, on a CUDA device all.
+There is one exception. On a CPU, the rounding of torch's `fused=True` depends on the number of
+threads, so the kernels cannot follow it. A user who asks for it asks for speed: such steps are
+taken over too, with the for-loop's bits, which are torch's fused ones to within rounding.
+
+`loading` decides from which step on small models are taken over. LRD_FUSED=0 switches it all off.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from itertools import groupby, pairwise
+from functools import cache, lru_cache
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,17 +35,15 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from lrd.errors import first_line
-from lrd.optim import group_settings, mask, mask_targets
-from lrd.optim.fused import selftest
-
-# Below this many elements, the second it takes to load Numba is never regained.
-_MIN_ELEMENTS_ON_CPU = 1 << 18
+from lrd.optim import group_settings, mask, mask_targets, placement
+from lrd.optim.fused import loading, selftest
+from lrd.optim.placement import Placement
 
 # Numbers between these are neither zero nor infinite in float32.
 _SMALLEST_NUMBER = 2.0**-126
 _LARGEST_NUMBER = 2.0**127
 
-# The memory of other tensor types may not be what it seems: a DTensor, for one, has none.
+# The memory of other tensor types may not be what it seems.
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 # The optimizers that the kernels can do, and the state tensors of each parameter. AdamW is a
@@ -56,97 +53,166 @@ _STATE_KEYS: dict[Any, tuple[str, ...]] = {
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
 }
 
-_KERNEL_MODULES = {
-    "cpu": "lrd.optim.fused.cpu_step",
-    "cuda": "lrd.optim.fused.cuda_step",
-}
-
 
 @dataclass(slots=True)
 class Update:
     """One parameter's part in the optimizer's next step."""
 
-    index: int  # the parameter's, counted through the optimizer's groups
-    param: Tensor  # float32, has a gradient
+    index: int  # the parameter's, in the position of its masks
+    param: Tensor  # has a gradient; may be a DTensor
     group: dict[str, Any]  # the entry of optimizer.param_groups that holds it
+    placement: Placement | None  # of `tensor` in the whole parameter; None: it is the whole
+
+    # Plain float32 tensors: the memory that the kernels read and write
+    tensor: Tensor  # to be updated. Usually `param` itself
+    grad: Tensor
+    states: list[Tensor]  # in the order of `_STATE_KEYS`, as far as they exist
+    addresses: list[int]  # of `tensor`, `grad` and `states`
 
 
 # Which steps are taken over
 
 
-def find_updates(optimizer: Optimizer) -> list[Update]:
+def find_updates(optimizer: Optimizer, params: Iterable[Any] | None = None) -> list[Update]:
     """Decide whether the kernels take over the optimizer's next step, and list its updates.
 
     They take over all updates or none: what torch refuses in one group it must refuse before
-    another group has moved.
+    another group has moved. Call it without autograd, and do nothing between it and
+    `step_in_one_pass`: it checks the memory that the kernels will read and write.
 
     Args:
         optimizer: with the settings of `LRDropout` in its groups.
+        params: of each parameter that has elements, its `group_number`, `mask_index`, `param` and
+            `placement`. None: they are taken from the groups.
 
     Returns:
         One update for each parameter that has a gradient and elements. Empty if the step is not
         taken over.
     """
-    user_choice = os.environ.get("LRD_FUSED")
+    user_choice = loading.user_choice()
     if user_choice == "0":
         return []
-
-    optimizer_class = _torch_class(optimizer)
-    if optimizer_class is None or _is_scaled(optimizer):
+    if not _has_mask(optimizer.param_groups):
         return []
 
-    updates = _list_updates(optimizer)
+    torch_class = _torch_class(optimizer)
+    if torch_class is None or _is_scaled(optimizer):
+        return []
+
+    updates = _list_updates(optimizer, torch_class, params)
     if not updates:
         return []
 
-    groups = list({id(update.group): update.group for update in updates}.values())
-    if all(group["keep_prob"] == 1.0 for group in groups):
+    device = updates[0].tensor.device
+    if device.type not in ("cpu", "cuda") or not _are_apart(updates):
         return []
 
-    device = updates[0].param.device
-    if device.type not in _KERNEL_MODULES:
+    groups = [updates[first].group for first, _ in _group_ranges(updates)]
+    if not _has_mask(groups):
         return []
-    if device.type == "cpu" and user_choice != "1" and _is_too_small(updates):
-        return []
-    if not all(_is_supported_group(group, device) for group in groups):
-        return []
-
-    for update in updates:
-        states = _state_tensors(optimizer, optimizer_class, update.param)
-        if not _is_dense(update.param, [update.param.grad, *states], device):
+    for group in groups:
+        if not _is_supported_group(torch_class, group, device):
             return []
 
-    if not _are_apart(updates) or not matches_torch(optimizer_class, device):
+    # What the user has marked as fused is taken over whatever its size.
+    numels = (update.tensor.numel() for update in updates)
+    is_due = loading.is_due(device.type, numels, user_choice)
+    if not is_due and not any(group.get("fused") for group in groups):
         return []
-    return updates
+    return updates if matches_torch(torch_class, device) else []
 
 
-def _list_updates(optimizer: Optimizer) -> list[Update]:
-    """One update for each parameter that has a gradient and elements."""
+def _has_mask(groups: list[dict[str, Any]]) -> bool:
+    """Whether any group drops elements."""
+    return any(group["keep_prob"] != 1.0 for group in groups)
+
+
+def _list_updates(
+    optimizer: Optimizer, torch_class: Any, params: Iterable[Any] | None = None
+) -> list[Update]:
+    """One update for each parameter that has a gradient and elements.
+
+    Returns:
+        Empty if the kernels cannot do all of them.
+    """
+    groups = optimizer.param_groups
+    if params is None:
+        params = _list_params(groups)
+
     updates: list[Update] = []
-    index = 0
+    device = None
+    for item in params:
+        if item.param.grad is None:
+            continue
 
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None and param.numel() > 0:
-                updates.append(Update(index, param, group))
-            index += 1
+        update = _find_update(item, groups[item.group_number], optimizer.state, torch_class)
+        if update is None:
+            return []
+        if update.addresses:  # else all elements are on other ranks
+            updates.append(update)
+
+        device = update.tensor.device if device is None else device
+        if update.tensor.device != device:
+            return []
 
     return updates
+
+
+def _group_ranges(updates: list[Update]) -> list[tuple[int, int]]:
+    """For each group, the number of its first update, and of the update after its last."""
+    # Updates come in the order of the groups.
+    if updates[0].group is updates[-1].group:
+        return [(0, len(updates))]
+
+    firsts = [
+        number
+        for number, update in enumerate(updates)
+        if number == 0 or update.group is not updates[number - 1].group
+    ]
+    return list(pairwise([*firsts, len(updates)]))
+
+
+@dataclass(slots=True)
+class _Param:
+    group_number: int
+    mask_index: int
+    param: Tensor
+    placement: Placement | None
+
+
+def _list_params(groups: Sequence[dict[str, Any]]) -> list[_Param]:
+    """The parameters that have elements."""
+    params = []
+    indices_by_group = group_settings.mask_indices(groups)
+
+    for number, group in enumerate(groups):
+        for index, param in zip(indices_by_group[number], group["params"], strict=True):
+            if param.numel() > 0:
+                params.append(_Param(number, index, param, placement.of_parameter(param)))
+
+    return params
 
 
 def _torch_class(optimizer: Optimizer) -> Any:
     """torch.optim.SGD or torch.optim.Adam, if the optimizer's step is that class's; else None."""
     optimizer_class: Any = type(optimizer)
-    step = inspect.unwrap(optimizer_class.step)
+    return _torch_class_of(optimizer_class.step, getattr(optimizer_class, "_init_group", None))
 
+
+@lru_cache(maxsize=64)
+def _torch_class_of(step: Any, init_group: Any) -> Any:
+    """The class of torch's whose methods these are; None if there is none."""
     for torch_class in _STATE_KEYS:
-        if step is inspect.unwrap(torch_class.step):
+        if inspect.unwrap(step) is inspect.unwrap(torch_class.step):
             # Any torch.compile in the process wraps `_init_group` anew in each class.
-            init_group = inspect.unwrap(optimizer_class._init_group)
-            has_same_state = init_group is inspect.unwrap(torch_class._init_group)
+            has_same_state = inspect.unwrap(init_group) is inspect.unwrap(torch_class._init_group)
             return torch_class if has_same_state else None
     return None
+
+
+def calls_closure_first(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step calls its closure once, before anything else."""
+    return _torch_class(optimizer) is not None
 
 
 def _is_scaled(optimizer: Optimizer) -> bool:
@@ -156,32 +222,26 @@ def _is_scaled(optimizer: Optimizer) -> bool:
     return found_inf is not None or grad_scale is not None
 
 
-def _is_too_small(updates: list[Update]) -> bool:
-    """Whether a step on a CPU is so small that loading the kernels takes longer than they save."""
-    return sum(update.param.numel() for update in updates) < _MIN_ELEMENTS_ON_CPU
-
-
-def _is_supported_group(group: dict[str, Any], device: torch.device) -> bool:
+def _is_supported_group(torch_class: Any, group: dict[str, Any], device: torch.device) -> bool:
     """Whether the kernels can do a group's mask, if it has one, and its arithmetic."""
+    if device.type == "cpu":
+        return _numbers_on_cpu(torch_class, group) is not None
+    return _has_usual_mask(group) and _is_supported_on_cuda(group, device)
+
+
+def _has_usual_mask(group: dict[str, Any]) -> bool:
+    """Whether a group's lr is not zero, and its mask is one of elements, if it has one."""
     if group_settings.is_zero_lr(group["lr"]):
         return False
 
     is_masked = group["keep_prob"] < 1.0
     is_usual_mask = group["masks"] == "update" and group["mask_granularity"] == "element"
-    if is_masked and not is_usual_mask:
-        return False
-
-    if device.type == "cpu":
-        return _is_supported_on_cpu(group)
-    return _is_supported_on_cuda(group, device)
+    return is_usual_mask or not is_masked
 
 
 def _is_supported_on_cpu(group: dict[str, Any]) -> bool:
-    """Whether the arithmetic is that of torch's for-loop.
-
-    That of torch's `fused=True` depends on the number of threads.
-    """
-    if any(group.get(key) for key in ("fused", "capturable", "amsgrad", "differentiable")):
+    """Whether the arithmetic is that of torch's for-loop, or of `fused=True`, see above."""
+    if any(group.get(key) for key in ("capturable", "amsgrad", "differentiable")):
         return False
 
     numbers = [group["lr"], *_hyperparameters(group)]
@@ -231,40 +291,95 @@ def _hyperparameters(group: dict[str, Any]) -> list[Any]:
     return [*numbers, *group.get("betas", ())]
 
 
-def _state_tensors(optimizer: Optimizer, optimizer_class: Any, param: Tensor) -> list[Tensor]:
-    """The parameter's state tensors of its own shape, as far as it has them."""
-    state = optimizer.state.get(param)
-    if not state:
-        return []
+def _find_update(
+    item: Any, group: dict[str, Any], all_states: dict[Tensor, Any], torch_class: Any
+) -> Update | None:
+    """Find the memory that the kernels read and write for a parameter, and check it.
 
-    tensors = [state.get(key) for key in _STATE_KEYS[optimizer_class]]
-    return [tensor for tensor in tensors if tensor is not None]
+    A parameter, its gradient and its states must lie in memory in the same, known order. Known are
+    row-major and, on a CUDA device, channels_last. All must be float32 tensors of the parameter's
+    shape on its device. Only the state tensors that exist are found.
 
+    Args:
+        item: the parameter, see `find_updates`. It has a gradient.
+        group: the parameter's.
+        all_states: of the optimizer.
+        torch_class: torch.optim.SGD or torch.optim.Adam.
 
-def _is_dense(param: Tensor, others: list[Any], device: torch.device) -> bool:
-    """Whether a parameter, its gradient and its states lie in memory in the same, known order.
-
-    Known are row-major and, on a CUDA device, channels_last. All must be float32 tensors of the
-    parameter's shape on the device.
+    Returns:
+        None if the kernels cannot do this update.
     """
-    tensors = [param, *others]
+    param = item.param
+    tensors: list[Any] = [param, param.grad]
+
+    state = all_states.get(param)
+    if state:
+        for key in _STATE_KEYS[torch_class]:
+            tensor = state.get(key)
+            if tensor is not None:
+                tensors.append(tensor)
+
+        if torch_class is torch.optim.Adam:
+            # The state is complete or, for torch too, an error.
+            is_complete = len(tensors) == 4 and isinstance(state.get("step"), Tensor)
+            if not is_complete:
+                return None
+
+    if placement.is_dtensor(param):
+        if not all(placement.is_placed_alike(param, tensor) for tensor in tensors):
+            return None
+        tensors = [placement.local(tensor) for tensor in tensors]
+
+    memory = tensors[0]
+    device = memory.device
+    shape = memory.shape
+    is_row_major = True
+    addresses = []
+
     for tensor in tensors:
         # The type comes first: the others may not even be tensors.
         if type(tensor) not in _TENSOR_TYPES:
-            return False
+            return None
         if tensor.dtype is not torch.float32 or tensor.layout is not torch.strided:
-            return False
-        if tensor.device != device or tensor.shape != param.shape or tensor.is_neg():
-            return False
-        # A tensor whose storage was freed has no address: FSDP frees the parameters it gathers.
-        if tensor.data_ptr() == 0 and tensor.numel() > 0:
-            return False
+            return None
+        if tensor.device != device or tensor.shape != shape or tensor.is_neg():
+            return None
+        if not tensor.is_contiguous():
+            is_row_major = False
+        addresses.append(tensor.data_ptr())
 
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
+    if 0 in addresses:
+        # A tensor without elements has no address, and neither has one whose storage was freed, as
+        # FSDP frees the parameters that it gathers.
+        if memory.numel() > 0:
+            return None
+        addresses = []
 
-    # The CUDA kernels compute an element's place in channels_last with 32 bits.
-    if device.type != "cuda" or param.dim() != 4 or param.numel() >= 1 << 31:
+    # The CUDA kernels know nothing of parts of a parameter.
+    if not memory.is_cpu:
+        if item.placement is not None or not (is_row_major or _is_channels_last(tensors)):
+            return None
+    elif not is_row_major:
+        return None
+
+    return Update(
+        index=item.mask_index,
+        param=param,
+        group=group,
+        placement=item.placement,
+        tensor=memory,
+        grad=tensors[1],
+        states=tensors[2:],
+        addresses=addresses,
+    )
+
+
+def _is_channels_last(tensors: list[Tensor]) -> bool:
+    """Whether all tensors are in channels_last, and small enough for the CUDA kernels.
+
+    These compute an element's place with 32 bits.
+    """
+    if tensors[0].dim() != 4 or tensors[0].numel() >= 1 << 31:
         return False
     return all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors)
 
@@ -274,27 +389,19 @@ def _are_apart(updates: list[Update]) -> bool:
 
     If one does, the result depends on the order of the updates.
     """
-    spans = []  # (address, bytes)
+    spans = []  # (address, address after the end)
     for update in updates:
-        for tensor in (update.param, update.param.grad):
-            assert tensor is not None
-            spans.append((tensor.data_ptr(), tensor.numel() * tensor.element_size()))
+        n_bytes = update.tensor.numel() * 4
+        for address in update.addresses[:2]:  # of the parameter and the gradient
+            spans.append((address, address + n_bytes))
     spans.sort()
 
-    return all(start + size <= next_start for (start, size), (next_start, _) in pairwise(spans))
+    return all(stop <= next_start for (_, stop), (next_start, _) in pairwise(spans))
 
 
 # The kernels
 
-
-@cache
-def _load_kernels(device_type: str) -> Any:
-    """The module with `sgd` and `adam` for a device type; None if its compiler is missing."""
-    try:
-        return import_module(_KERNEL_MODULES[device_type])
-    except ImportError:
-        # No Numba or no Triton, or one that does not work with this NumPy or torch.
-        return None
+_load_kernels = loading.load_kernels
 
 
 @cache
@@ -310,7 +417,8 @@ def matches_torch(optimizer_class: Any, device: torch.device) -> bool:
     """
 
     def one_pass_step(optimizer: Optimizer) -> None:
-        _STEPS[optimizer_class, device.type](optimizer, _list_updates(optimizer))
+        updates = _list_updates(optimizer, optimizer_class)
+        _STEPS[optimizer_class, device.type](optimizer, updates)
 
     try:
         if _load_kernels(device.type) is None:
@@ -338,112 +446,171 @@ def step_in_one_pass(optimizer: Optimizer, updates: list[Update]) -> None:
 
     Args:
         optimizer: its state is created and updated as its own step would do it.
-        updates: what `find_updates` returned, not empty.
+        updates: what `find_updates` has just returned, not empty.
     """
-    optimizer_class = _torch_class(optimizer)
-    device = updates[0].param.device
-    _STEPS[optimizer_class, device.type](optimizer, updates)
+    device = updates[0].tensor.device
+    _STEPS[_torch_class(optimizer), device.type](optimizer, updates)
 
     # The kernels write through addresses. Without this, autograd would not notice a change of
-    # tensors that a backward pass needs.
+    # tensors that a backward pass needs. States that are new cannot be part of any.
     changed = []
     for update in updates:
-        changed.append(update.param)
-        changed += _state_tensors(optimizer, optimizer_class, update.param)
+        changed += [update.tensor, *update.states]
+        if update.tensor is not update.param:
+            changed.append(update.param)  # a DTensor has a version of its own
     increment_version([tensor for tensor in changed if not tensor.is_inference()])
 
 
-def _sgd_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
-    """One step of SGD by `cpu_step`: a row for each parameter."""
-    rows = []
+# For each optimizer, the `cpu_step.Table` of its latest step. It is freed with the optimizer.
+_tables_on_cpu: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
 
-    for group, group_updates in _by_group(updates):
-        group_fields = {
-            **_group_fields_on_cpu(group),
+
+def _table_on_cpu(optimizer: Optimizer, torch_class: Any, updates: list[Update]) -> Any:
+    """The table of an optimizer's next step on a CPU, with the numbers of its groups.
+
+    It is that of the latest step where tensors of the same sizes are updated in the same groups.
+    """
+    parts = [(update.index, update.tensor.numel(), update.placement) for update in updates]
+    group_ranges = _group_ranges(updates)
+
+    table = _tables_on_cpu.get(optimizer)
+    if table is None or not table.fits(parts, group_ranges):
+        kernels = _load_kernels("cpu")
+        kernel = kernels.SGD if torch_class is torch.optim.SGD else kernels.ADAM
+        table = kernels.Table(kernel, parts, group_ranges)
+        _tables_on_cpu[optimizer] = table
+
+    for number, (first, _) in enumerate(group_ranges):
+        group = updates[first].group
+        numbers = _numbers_on_cpu(torch_class, group)
+        table.set_group_numbers(number, numbers, int(group["mask_step"]))
+
+    return table
+
+
+def _sgd_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
+    """One step of SGD by `cpu_step`."""
+    table = _table_on_cpu(optimizer, torch.optim.SGD, updates)
+
+    are_first_steps = []
+    for update in updates:
+        is_first_step = False
+
+        if update.group["momentum"] == 0:
+            # The kernel does not touch the buffer, but needs a valid address.
+            update.addresses[2:] = update.addresses[:1]
+        elif not update.states:
+            buffer, is_first_step = _momentum_buffer(optimizer, update)
+            assert buffer is not None
+            update.addresses.append(buffer.data_ptr())
+
+        are_first_steps.append(is_first_step)
+
+    table.set_tensor_numbers("is_first_step", are_first_steps)
+    table.run([update.addresses for update in updates])
+
+
+def _adam_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
+    """One step of Adam or AdamW by `cpu_step`."""
+    table = _table_on_cpu(optimizer, torch.optim.Adam, updates)
+
+    states = [_adam_state(optimizer, update) for update in updates]
+    torch._foreach_add_([state["step"] for state in states], 1)
+    steps = [state["step"].item() for state in states]
+
+    bias_corrections2_sqrt = []
+    minus_step_sizes = []
+    for first, stop in _group_ranges(updates):
+        group = updates[first].group
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+
+        # In float64, as torch computes them; the table rounds to float32.
+        for step in steps[first:stop]:
+            bias_corrections2_sqrt.append((1 - beta2**step) ** 0.5)
+            minus_step_sizes.append(-(lr / (1 - beta1**step)))
+
+    table.set_tensor_numbers("bias_correction2_sqrt", bias_corrections2_sqrt)
+    table.set_tensor_numbers("minus_step_size", minus_step_sizes)
+    for update, state in zip(updates, states, strict=True):
+        if not update.states:  # they have just been created
+            for key in _STATE_KEYS[torch.optim.Adam]:
+                update.addresses.append(placement.local(state[key]).data_ptr())
+
+    table.run([update.addresses for update in updates])
+
+
+_SETTINGS_OF_BOTH = (
+    "lr",
+    "weight_decay",
+    "maximize",
+    "differentiable",
+    "keep_prob",
+    "mask_seed",
+    "mask_rescale",
+    "mask_granularity",
+    "masks",
+)
+
+# What the kernels need to know of a group, besides its mask step.
+_SETTINGS: dict[Any, tuple[str, ...]] = {
+    torch.optim.SGD: (*_SETTINGS_OF_BOTH, "momentum", "dampening", "nesterov"),
+    torch.optim.Adam: (
+        *_SETTINGS_OF_BOTH,
+        "betas",
+        "eps",
+        "amsgrad",
+        "capturable",
+        "decoupled_weight_decay",
+    ),
+}
+_get_settings = {key: itemgetter(*names) for key, names in _SETTINGS.items()}
+
+
+def _numbers_on_cpu(torch_class: Any, group: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of `cpu_kernels` that a group determines, but for its mask step.
+
+    Returns:
+        The same dictionary as long as the settings are the same. None if the kernels do not support
+        the group.
+    """
+    settings = _get_settings[torch_class](group)
+    try:
+        return _numbers_of_settings(torch_class, settings)
+    except TypeError:  # a list cannot be hashed: betas, for one
+        return _numbers_of_settings.__wrapped__(torch_class, settings)
+
+
+@lru_cache(maxsize=1024)
+def _numbers_of_settings(torch_class: Any, settings: tuple[Any, ...]) -> dict[str, Any] | None:
+    """The numbers of `_numbers_on_cpu`, for settings in the order of `_SETTINGS`."""
+    group = dict(zip(_SETTINGS[torch_class], settings, strict=True))
+    if not _is_supported_on_cpu(group) or not _has_usual_mask(group):
+        return None
+
+    numbers = {
+        "is_maximized": group["maximize"],
+        "weight_decay": group["weight_decay"],
+        "seed": group["mask_seed"],
+        "threshold": mask.threshold(group["keep_prob"]),
+        "update_divisor": _update_divisor(group),
+    }
+    if torch_class is torch.optim.SGD:
+        return numbers | {
             "minus_lr": -group["lr"],
             "momentum": group["momentum"],
             "one_minus_dampening": 1 - group["dampening"],
             "is_nesterov": group["nesterov"],
         }
 
-        for update in group_updates:
-            buffer, is_first_step = _momentum_buffer(optimizer, update)
-            # Without momentum the kernel does not touch the buffer, but needs a valid address.
-            buffer_address = update.param.data_ptr() if buffer is None else buffer.data_ptr()
-            rows.append(
-                {
-                    **group_fields,
-                    **_param_fields_on_cpu(update),
-                    "momentum_buffer": buffer_address,
-                    "is_first_step": is_first_step,
-                }
-            )
-
-    _load_kernels("cpu").sgd(rows)
-
-
-def _adam_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
-    """One step of Adam or AdamW by `cpu_step`: a row for each parameter."""
-    rows = []
-
-    for group, group_updates in _by_group(updates):
-        lr = group["lr"]
-        beta1, beta2 = group["betas"]
-        group_fields = {
-            **_group_fields_on_cpu(group),
-            "is_decoupled": group["decoupled_weight_decay"],
-            "decay_factor": 1 - lr * group["weight_decay"],
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "eps": group["eps"],
-        }
-
-        for update in group_updates:
-            state = _adam_state(optimizer, update)
-            state["step"] += 1
-            step = state["step"].item()
-            rows.append(
-                {
-                    **group_fields,
-                    **_param_fields_on_cpu(update),
-                    "exp_avg": state["exp_avg"].data_ptr(),
-                    "exp_avg_sq": state["exp_avg_sq"].data_ptr(),
-                    # In float64, as torch computes them; the table rounds to float32.
-                    "bias_correction2_sqrt": (1 - beta2**step) ** 0.5,
-                    "minus_step_size": -(lr / (1 - beta1**step)),
-                }
-            )
-
-    _load_kernels("cpu").adam(rows)
-
-
-def _by_group(updates: list[Update]) -> list[tuple[dict[str, Any], list[Update]]]:
-    """Each group with its updates, in the order of the updates."""
-    group_lists = [list(run) for _, run in groupby(updates, key=lambda update: id(update.group))]
-    return [(group_updates[0].group, group_updates) for group_updates in group_lists]
-
-
-def _group_fields_on_cpu(group: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `cpu_kernels` that a group determines, for SGD and Adam."""
-    return {
-        "is_maximized": group["maximize"],
-        "weight_decay": group["weight_decay"],
-        "mask_step": int(group["mask_step"]),
-        "seed": group["mask_seed"],
-        "threshold": mask.threshold(group["keep_prob"]),
-        "update_divisor": _update_divisor(group),
-    }
-
-
-def _param_fields_on_cpu(update: Update) -> dict[str, Any]:
-    """The fields of `cpu_kernels` that a parameter determines, for SGD and Adam."""
-    assert update.param.grad is not None
-    return {
-        "index": update.index,
-        "numel": update.param.numel(),
-        "param": update.param.data_ptr(),
-        "grad": update.param.grad.data_ptr(),
+    beta1, beta2 = group["betas"]
+    return numbers | {
+        "is_decoupled": group["decoupled_weight_decay"],
+        "decay_factor": 1 - group["lr"] * group["weight_decay"],
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "eps": group["eps"],
     }
 
 
@@ -466,12 +633,11 @@ def _sgd_on_cuda(optimizer: Optimizer, updates: list[Update]) -> None:
 
         momentum_buffers = []
         if group["momentum"]:
-            states = [optimizer.state[update.param] for update in launch]
-            momentum_buffers = [state["momentum_buffer"] for state in states]
+            momentum_buffers = _local_states(optimizer, launch, "momentum_buffer")
 
         kernels.sgd(
-            params=[update.param for update in launch],
-            grads=[update.param.grad for update in launch],
+            params=[update.tensor for update in launch],
+            grads=[update.grad for update in launch],
             momentum_buffers=momentum_buffers,
             indices=[update.index for update in launch],
             momentum=group["momentum"],
@@ -504,15 +670,15 @@ def _adam_on_cuda(optimizer: Optimizer, updates: list[Update]) -> None:
     for (_, step), launch in launches.items():
         group = launch[0].group
         beta1, beta2 = group["betas"]
-        states = [optimizer.state[update.param] for update in launch]
+        steps_on_device = [optimizer.state[update.param]["step"] for update in launch]
 
         kernels.adam(
-            params=[update.param for update in launch],
-            grads=[update.param.grad for update in launch],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            params=[update.tensor for update in launch],
+            grads=[update.grad for update in launch],
+            exp_avgs=_local_states(optimizer, launch, "exp_avg"),
+            exp_avg_sqs=_local_states(optimizer, launch, "exp_avg_sq"),
             indices=[update.index for update in launch],
-            step=[state["step"] for state in states] if step is None else step,
+            step=steps_on_device if step is None else step,
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
@@ -574,20 +740,20 @@ def _momentum_buffer(optimizer: Optimizer, update: Update) -> tuple[Tensor | Non
     """SGD's momentum buffer, created as torch does it.
 
     Returns:
-        The buffer, None without momentum; and whether this is the parameter's first step, at which
-        it does not matter what the buffer holds.
+        The buffer's memory, None without momentum; and whether this is the parameter's first step,
+        at which it does not matter what the buffer holds.
     """
     if update.group["momentum"] == 0:
         return None, False
 
     state = optimizer.state[update.param]
     buffer: Tensor | None = state.get("momentum_buffer")
-    if buffer is not None:
-        return buffer, False
+    is_first_step = buffer is None
+    if buffer is None:
+        buffer = torch.empty_like(update.param)
+        state["momentum_buffer"] = buffer
 
-    buffer = torch.empty_like(update.param)
-    state["momentum_buffer"] = buffer
-    return buffer, True
+    return placement.local(buffer), is_first_step
 
 
 def _adam_state(optimizer: Optimizer, update: Update) -> dict[str, Any]:
@@ -600,11 +766,16 @@ def _adam_state(optimizer: Optimizer, update: Update) -> dict[str, Any]:
     state["step"] = torch.zeros(
         (),
         dtype=torch.float64 if has_float64_step else torch.float32,
-        device=update.param.device if _is_step_on_device(update.group) else "cpu",
+        device=update.tensor.device if _is_step_on_device(update.group) else "cpu",
     )
     state["exp_avg"] = torch.zeros_like(update.param)
     state["exp_avg_sq"] = torch.zeros_like(update.param)
     return state
+
+
+def _local_states(optimizer: Optimizer, updates: list[Update], key: str) -> list[Tensor]:
+    """The memory of a state tensor of each parameter."""
+    return [placement.local(optimizer.state[update.param][key]) for update in updates]
 
 
 def _is_step_on_device(group: dict[str, Any]) -> bool:

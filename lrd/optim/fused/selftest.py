@@ -100,6 +100,8 @@ def _steps_agree(
                 "mask_rescale": step.is_rescaled,
                 "mask_step": mask_step,
                 "mask_seed": _SEED,
+                "mask_granularity": "element",
+                "masks": "update",
             }
             old_values = [param.clone() for param in one_pass_params]
             one_pass_step(one_pass_optimizer)
