@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lrd.optim import (
@@ -160,6 +161,7 @@ class LRDropout:
         self.is_fused = False
 
         self._params: list[_Param] = []
+        self._params_found_for: list[Any] = []  # what `_params` was made from
         self._find_params(completed_groups)
 
         # Values before the update, by (parameter's index, state's name; "": the parameter). The
@@ -269,14 +271,13 @@ class LRDropout:
         self._restore_gradients()  # of an earlier step that failed, if any
 
         # All that can be refused is refused here, before anything moves.
-        for group in optimizer.param_groups:
-            group_settings.check_settings(optimizer, group)
-        self._find_params(optimizer.param_groups)
+        self._check_before_step()
 
         self._is_in_step = True
         new_arguments = self._evaluate_closure(args, kwargs)
         if new_arguments is not None:
             args, kwargs = new_arguments
+            self._check_before_step()  # a closure may change settings, and fill lazy parameters
 
         # A closure that is left may compute the gradients during the step. args[0] is the
         # optimizer.
@@ -289,6 +290,16 @@ class LRDropout:
                 self._prepare_generic_step(has_closure)
 
         return new_arguments
+
+    def _check_before_step(self) -> None:
+        """Check all settings and list the parameters, which may have changed since the last step.
+
+        Raises:
+            ValueError: a setting is out of its range, or a parameter's positions are not known.
+        """
+        for group in self.optimizer.param_groups:
+            group_settings.check_settings(self.optimizer, group)
+        self._find_params(self.optimizer.param_groups)
 
     @torch.no_grad()
     def _after_step(
@@ -348,13 +359,19 @@ class LRDropout:
         Raises:
             ValueError: the position of a parameter's elements is not known.
         """
-        self._params = []
-        indices_by_group = group_settings.mask_indices(groups)
+        facts: list[Any] = []
+        for group in groups:
+            facts += [group.get("mask_first_index"), group.get("mask_index_by")]
+            facts += [(id(param), type(param), _numel(param)) for param in group["params"]]
+        if facts == self._params_found_for:
+            return
 
+        found = []
+        indices_by_group = group_settings.mask_indices(groups)
         for number, group in enumerate(groups):
             for index, param in zip(indices_by_group[number], group["params"], strict=True):
                 attachment.check_param(param)
-                if param.numel() == 0:
+                if _numel(param) == 0:
                     continue
 
                 box = placement.of_parameter(param)
@@ -363,7 +380,12 @@ class LRDropout:
                         f"{type(self).__name__} needs whole parameters, and parameter {index} is "
                         "sharded"
                     )
-                self._params.append(_Param(number, index, param, box))
+                found.append(_Param(number, index, param, box))
+
+        self._params = found
+        # Not when LRDropout is attached: FSDP1 may still wrap the parameters before the first step.
+        if groups is self.optimizer.param_groups:
+            self._params_found_for = facts
 
     def _evaluate_closure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -428,8 +450,10 @@ class LRDropout:
             if self._changes_update(group) or group_settings.is_zero_lr(group.get("lr")):
                 to_save.append(item)
 
-        self._mask_gradients(with_masked_gradient)
-        self._save_values(to_save)
+        if with_masked_gradient:
+            self._mask_gradients(with_masked_gradient)
+        if to_save:
+            self._save_values(to_save)
 
     def _changes_update(self, group: dict[str, Any]) -> bool:
         """Whether the updates of a group's generic steps are masked or scaled after them."""
@@ -456,8 +480,10 @@ class LRDropout:
             if group["keep_prob"] < 1.0 and group["masks"] == "momentum_buffer":
                 momentum_buffers.append(self._masked_tensor(item, state["momentum_buffer"]))
 
-        restore.restore_dropped(to_restore)
-        _zero_dropped(momentum_buffers)
+        if to_restore:
+            restore.restore_dropped(to_restore)
+        if momentum_buffers:
+            _zero_dropped(momentum_buffers)
 
     def _scale_update(self, item: _Param) -> None:
         """Change a parameter's update before it is masked. Learning rate dropout does not."""
@@ -671,6 +697,11 @@ def _rebuild_optimizer(
         dropout_class(optimizer, *arguments)
 
     return optimizer
+
+
+def _numel(param: Tensor) -> int:
+    """The elements of a whole parameter; none as long as it is a lazy module's, without a shape."""
+    return 0 if isinstance(param, UninitializedParameter) else param.numel()
 
 
 def _zero_dropped(items: list[restore.MaskedTensor]) -> None:

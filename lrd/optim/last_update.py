@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,12 @@ class GroupUpdate:
     group_number: int
     granularity: str
     draw_arguments: dict[str, Any]  # of `mask.draw`; the step may be a tensor
-    shapes: dict[int, torch.Size]  # of whole parameters, by the index in their masks' position
+    params: list[tuple[int, Tensor]]  # (index in the position of the masks, parameter)
+
+    @cached_property
+    def shapes(self) -> dict[int, torch.Size]:
+        """The shapes of the whole parameters, in real numbers, by their index."""
+        return {index: _real_shape(param) for index, param in self.params}
 
     @classmethod
     def from_group(
@@ -43,7 +49,7 @@ class GroupUpdate:
             group_number=number,
             granularity=group["mask_granularity"],
             draw_arguments=group_settings.draw_arguments(group),
-            shapes={index: _real_shape(param) for index, param in params},
+            params=params,
         )
 
     def draw_arguments_on_host(self) -> dict[str, Any]:

@@ -54,6 +54,10 @@ def check_keep_prob(keep_prob: Any) -> float:
     Raises:
         ValueError: it is not a number in (0, 1].
     """
+    # The usual case first: every step checks it, and `Real` takes long to look up.
+    if type(keep_prob) is float and 0.0 < keep_prob <= 1.0:
+        return keep_prob
+
     is_number = isinstance(keep_prob, Real) and not isinstance(keep_prob, bool)
     if not is_number or not 0.0 < float(keep_prob) <= 1.0:
         raise ValueError(f"keep_prob must be in (0, 1], not {keep_prob!r}")

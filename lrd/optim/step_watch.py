@@ -11,11 +11,12 @@ Each is warned of once in a process. Nothing is changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lrd.optim import mask_targets
@@ -31,10 +32,9 @@ _CHANGES_WITHOUT_A_STEP = 3
 class _Masks(NamedTuple):
     """The masks that the latest step of any optimizer has drawn."""
 
-    optimizer: Any  # a weak reference
+    watch: Any  # a weak reference to that of the optimizer
     seed: int
     step: int
-    indices: Collection[int]
 
 
 _latest: _Masks | None = None
@@ -50,6 +50,8 @@ class StepWatch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._reference = ref(self)
+        self._update: GroupUpdate | None = None  # of the first group that the latest step moved
         self._times_in_turn = 0
         self._has_stepped = False
         self._version_at_start = _version_of_first_parameter(optimizer)
@@ -63,7 +65,7 @@ class StepWatch:
         global _latest
         self._has_stepped = self._has_stepped or bool(updates)
 
-        update = next((update for update in updates if update.shapes), None)
+        update = next((update for update in updates if update.params), None)
         if update is None or update.draw_arguments["keep_prob"] == 1.0:
             return
 
@@ -71,14 +73,16 @@ class StepWatch:
         if isinstance(step, Tensor):  # to look at its value would be a sync point
             return
 
+        self._update = update
         before = _latest
-        _latest = _Masks(ref(self._optimizer), update.draw_arguments["seed"], step, update.shapes)
-        if before is None or before.optimizer() in (None, self._optimizer):
-            return
-        if (before.seed, before.step) != (_latest.seed, _latest.step):
+        _latest = _Masks(self._reference, update.draw_arguments["seed"], step)
+        if before is None or (before.seed, before.step) != (_latest.seed, _latest.step):
             return
 
-        if any(index in before.indices for index in _latest.indices):
+        other: StepWatch | None = before.watch()
+        if other is None or other is self or other._update is None:
+            return
+        if any(index in other._update.shapes for index in update.shapes):
             self._times_in_turn += 1
             if self._times_in_turn == _STEPS_IN_TURN:
                 _warn_once(
@@ -121,4 +125,6 @@ def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
 def _version_of_first_parameter(optimizer: Optimizer) -> int:
     """How often the first parameter has been changed in place."""
     param = next(iter(_parameters(optimizer)), None)
-    return 0 if param is None or param.is_inference() else param._version
+    if param is None or isinstance(param, UninitializedParameter) or param.is_inference():
+        return 0
+    return param._version

@@ -300,6 +300,21 @@ def test_a_closure_is_called_once_with_gradients_and_the_step_is_fused(monkeypat
             assert optimizer.param_groups[0]["mask_step"] == 1
 
 
+def test_a_closure_may_fill_lazy_parameters_and_change_settings():
+    model = nn.LazyLinear(10, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    lrd.LRDropout(optimizer)
+
+    def closure():
+        optimizer.param_groups[0]["keep_prob"] = 0.25
+        model(torch.ones(2, 30)).sum().backward()
+        closure.before = model.weight.detach().clone()
+
+    optimizer.step(closure)
+    keep = mask.draw(300, seed=0, step=0, index=0, keep_prob=0.25).view(10, 30)
+    assert torch.equal(model.weight.detach() != closure.before, keep)
+
+
 def test_a_closure_that_fails_moves_and_counts_nothing():
     param = make_param()
     optimizer = lrd.optim.SGD([param], lr=0.1)

@@ -392,11 +392,17 @@ def _are_apart(updates: list[Update]) -> bool:
     spans = []  # (address, address after the end)
     for update in updates:
         n_bytes = update.tensor.numel() * 4
-        for address in update.addresses[:2]:  # of the parameter and the gradient
-            spans.append((address, address + n_bytes))
+        param_address, grad_address = update.addresses[:2]
+        spans.append((param_address, param_address + n_bytes))
+        spans.append((grad_address, grad_address + n_bytes))
     spans.sort()
 
-    return all(stop <= next_start for (_, stop), (next_start, _) in pairwise(spans))
+    end_of_last = 0
+    for start, stop in spans:
+        if start < end_of_last:
+            return False
+        end_of_last = stop
+    return True
 
 
 # The kernels
