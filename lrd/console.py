@@ -6,26 +6,99 @@ The main process prints messages, tables and progress bars. Other processes prin
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import IO, Any, TypeVar, cast
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
-stdout = Console()
-stderr = Console(stderr=True)
+_LEAST_WRAPPED_WIDTH = 12  # of the column of a listing that may take several lines
+
+
+class _Stream:
+    """`sys.stdout` or `sys.stderr`, whatever they are when something is written.
+
+    A reader that is gone (`lrd runs | head -1`, a terminal that was closed) does not end the
+    program: what is written after that is lost. Characters that the stream's encoding lacks are
+    written as escapes.
+
+    Args:
+        name: `stdout` or `stderr`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _target(self) -> Any:
+        """The stream; None if it was closed before the program began."""
+        stream = getattr(sys, self._name)
+        # While a progress bar is shown, rich puts a stream of its own in place of sys.stdout.
+        return getattr(stream, "rich_proxied_file", stream)
+
+    def write(self, text: str) -> int:
+        stream = self._target()
+        if stream is None:
+            return len(text)
+
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            self._drop_output(stream)
+        return len(text)
+
+    def flush(self) -> None:
+        stream = self._target()
+        if stream is None:
+            return
+        try:
+            stream.flush()
+        except OSError:
+            self._drop_output(stream)
+
+    def isatty(self) -> bool:
+        stream = self._target()
+        return stream is not None and stream.isatty()
+
+    def fileno(self) -> int:
+        number: int = self._target().fileno()
+        return number
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._target(), "encoding", None) or "utf-8"
+
+    @staticmethod
+    def _drop_output(stream: Any) -> None:
+        """Send a stream to /dev/null: Python flushes it once more when it exits."""
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        except (OSError, ValueError):  # a stream without a file
+            pass
+
+
+stdout = Console(file=cast(IO[str], _Stream("stdout")))
+stderr = Console(file=cast(IO[str], _Stream("stderr")))
 
 
 def is_main_process() -> bool:
@@ -64,13 +137,63 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> N
     if not is_main_process():
         return
 
-    grid = Table(title=title or None, title_justify="left", show_header=any(columns))
+    heading = Text(title) if title else None
+    grid = Table(title=heading, title_justify="left", show_header=any(columns))
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(Text(column), overflow="fold")
     for row in rows:
         cells = [Text("" if cell is None else str(cell)) for cell in row]
         grid.add_row(*cells)
     stdout.print(grid)
+
+
+def listing(
+    columns: list[str],
+    rows: list[list[str]],
+    leave_out: list[str],
+    wrap: str,
+) -> None:
+    """Print a table that fits the terminal, from the main process only.
+
+    Nothing is cut: on a narrow terminal columns are left out, and a line below names them. If the
+    output is not a terminal, each row is one line, as wide as it needs to be.
+
+    Args:
+        columns: the headings.
+        rows: the cells of each row.
+        leave_out: headings of columns that may be left out, the first one first.
+        wrap: heading of the column that may take several lines.
+    """
+    if not is_main_process():
+        return
+
+    widths = {}
+    for i, column in enumerate(columns):
+        widths[column] = max(cell_len(text) for text in [column, *(row[i] for row in rows)])
+
+    if not stdout.is_terminal:
+        for row in [columns, *rows]:
+            cells = [set_cell_size(text, widths[columns[i]]) for i, text in enumerate(row)]
+            info("  ".join(cells).rstrip())
+        return
+
+    shown = list(columns)
+    left_out: list[str] = []
+    least = widths | {wrap: min(widths[wrap], _LEAST_WRAPPED_WIDTH)}
+    for column in leave_out:
+        if sum(least[name] + 2 for name in shown) - 2 <= stdout.width:
+            break
+        shown.remove(column)
+        left_out.append(column)
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in shown:
+        grid.add_column(Text(column), no_wrap=column != wrap, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(row[columns.index(column)]) for column in shown))
+    stdout.print(grid)
+    if left_out:
+        info(f"(this terminal is too narrow for: {', '.join(reversed(left_out))})")
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
@@ -85,6 +208,33 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         for done, item in enumerate(items, 1):
             yield item
             meter.update(done)
+
+
+class _FiguresColumn(ProgressColumn):
+    """The figures beside a progress bar, cut at the right where there is no room for them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
+def _progress_columns(width: int) -> list[ProgressColumn]:
+    """The parts of a progress line; a narrow terminal has room for a short bar, or for none.
+
+    Args:
+        width: of the terminal, in columns.
+    """
+    # rich narrows columns that may wrap, so the counter may not.
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _FiguresColumn(table_column=Column(no_wrap=False)),
+    ]
+    if width >= 80:
+        columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
+    if width >= 100:
+        bar_width = 40 if width >= 140 else 12
+        columns.insert(1, BarColumn(bar_width, table_column=Column(no_wrap=True)))
+    return columns
 
 
 class ProgressMeter:
@@ -108,14 +258,7 @@ class ProgressMeter:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if is_main_process() and stdout.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=stdout,
-            )
+            self._bar = Progress(*_progress_columns(stdout.width), console=stdout)
             self._task = self._bar.add_task(description, total=total, completed=start, figures="")
 
     def __enter__(self) -> ProgressMeter:

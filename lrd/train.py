@@ -23,6 +23,7 @@ from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.distributed.signals import StopSignals, end_with_launcher
 from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe_os_error
+from lrd.job import sharding
 from lrd.job.evaluation import evaluate
 from lrd.job.nonfinite import NonfiniteGuard
 from lrd.job.profiler import profile_steps
@@ -94,13 +95,15 @@ def forward_backward(job: Job) -> Tensor:
     """
     accumulation_steps = job.recipe.trainer.accumulation_steps
     loss = torch.zeros((), device=job.accelerator.device)
+    if job.is_sharded:  # DDP does this by itself
+        communication.broadcast_buffers(job.raw_model)
 
     for micro_step in range(accumulation_steps):
         inputs, labels = job.load_micro_batch(job.step, micro_step)
 
-        # DDP all-reduces the gradients in the last micro step alone.
+        # The gradients' mean over the ranks is taken in the last micro step alone.
         is_last = micro_step == accumulation_steps - 1
-        with nullcontext() if is_last else job.accelerator.no_sync(job.ddp_model):
+        with nullcontext() if is_last else job.no_sync():
             logits = job.ddp_model(inputs)  # (micro_batch, classes)
             scaled_loss = nn.functional.cross_entropy(logits, labels) / accumulation_steps
             job.accelerator.backward(scaled_loss)
@@ -116,15 +119,17 @@ def clip_gradients(job: Job) -> Tensor:
         The norm before clipping, float32 (); zero in a step whose norm is not used.
     """
     max_norm = job.recipe.trainer.clip_norm
+    if max_norm is None and not exchanges_statistics(job):
+        return torch.zeros((), device=job.accelerator.device)
+
+    if job.is_sharded:
+        return sharding.clip_gradients(job.raw_model, max_norm)
     if max_norm is not None:
         norm: Tensor = job.accelerator.clip_grad_norm_(job.raw_model.parameters(), max_norm)
         return norm
 
-    if exchanges_statistics(job):
-        parameters = job.raw_model.parameters()
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-    return torch.zeros((), device=job.accelerator.device)
+    parameters = job.raw_model.parameters()
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: int) -> int:
@@ -189,6 +194,7 @@ def save_checkpoint(job: Job) -> None:
     """
     if job.recipe.trainer.fingerprint_every:
         compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+    state = job.train_state()
     if job.writer is None or job.tracker is None:  # this is not the main process
         return
 
@@ -198,7 +204,7 @@ def save_checkpoint(job: Job) -> None:
     best_step = None
     if job.recipe.checkpoint.keep_best and job.best is not None:
         best_step = job.best["step"]
-    job.writer.save(job.train_state(), best_step)
+    job.writer.save(state, best_step)
     job.write_status("running")
 
 

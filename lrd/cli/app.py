@@ -1,4 +1,4 @@
-"""The command line of `lrd`: train, lr, runs, checkpoints, doctor.
+"""The command line of `lrd`.
 
 Each command imports what it needs itself, so that `lrd --help` does not wait for torch.
 """
@@ -6,22 +6,46 @@ Each command imports what it needs itself, so that `lrd --help` does not wait fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Annotated, TypeVar
 
 import typer
 
-from lrd import console
+from lrd import __version__, console
 from lrd.errors import UserError, describe_os_error
 
 T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Learning rate dropout. For several ranks: accelerate launch ... -m lrd.train RECIPE",
+    help="Learning rate dropout. For several ranks: lrd launch RECIPE, "
+    "or accelerate launch ... -m lrd.train RECIPE",
 )
+
+
+def _print_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        console.info(f"lrd {__version__}, torch {version('torch')}, Python {python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the versions of lrd, torch and Python.",
+        ),
+    ] = False,
+) -> None:
+    """Options that come before the command."""
 
 
 @app.command()
@@ -41,18 +65,60 @@ def train(
     raise typer.Exit(run(recipe, overrides or []))
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def launch(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTIONS OF accelerate launch]... RECIPE [section.key=value]...",
+            help="e.g. --num_processes 4 recipes/digits_resnet34_sgd_lrd.yaml seed=1",
+        ),
+    ] = None,
+) -> None:
+    """Train a recipe on several ranks: a thin wrapper around accelerate launch.
+
+    It chooses the launch file where none is named, and ends with the ranks' own status: 0 done,
+    1 failed, 2 an error of the user, 75 stopped by a signal and saved.
+    """
+    from lrd.cli.launch import launch as launch_ranks
+
+    raise typer.Exit(_run_or_exit(lambda: launch_ranks(arguments or [])))
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="a recipe file")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="settings to change in the recipe"),
+    ] = None,
+) -> None:
+    """Try a recipe out without training: data, shapes, a few steps, memory, time of an epoch.
+
+    Nothing is written. Exit status 2 if something is wrong with the recipe or the data.
+    """
+    from lrd.cli.check import check as check_recipe
+
+    _run_or_exit(lambda: check_recipe(recipe, overrides or []))
+
+
 @app.command()
 def lr(
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="recipe files, or run directories"),
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... [section.key=value]...",
+            help="recipe files and run directories; settings to change in the recipes",
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option("-o", "--out", help="the image file to write"),
     ] = Path("lr.png"),
 ) -> None:
-    """Plot learning rates: of recipes, without training; or of runs, as they were recorded."""
+    """Plot learning rates: of recipes, without training; and of runs, as they were recorded."""
     from lrd.cli.plots import draw_trajectories
 
     _run_or_exit(lambda: draw_trajectories(sources, out))
@@ -64,11 +130,39 @@ def runs(
         Path,
         typer.Argument(help="the folder that contains the run directories"),
     ] = Path("runs"),
+    sort: Annotated[
+        str,
+        typer.Option("--sort", help="run, steps, loss, accuracy, duration, date or state"),
+    ] = "run",
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="print a list of JSON objects in place of the table"),
+    ] = False,
 ) -> None:
-    """Show a table of runs: recipe, steps, best accuracy, state."""
+    """Show a table of runs: recipe, steps, test loss, best test accuracy, duration, date, state."""
     from lrd.cli.tables import runs_table
 
-    _run_or_exit(lambda: runs_table(root))
+    _run_or_exit(lambda: runs_table(root, sort, as_json))
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="two run directories or more"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="the picture (.png) or page (.html) to write"),
+    ] = Path("compare.png"),
+) -> None:
+    """Compare runs: a table, and curves side by side.
+
+    Runs that differ only in the seed are shown as their mean and spread.
+    """
+    from lrd.cli.compare import compare as compare_runs
+
+    _run_or_exit(lambda: compare_runs(run_dirs, out))
 
 
 @app.command()

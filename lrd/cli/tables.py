@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from lrd import console
-from lrd import recipe as recipes
 from lrd.checkpoint import store
-from lrd.checkpoint.run_dir import read_status
+from lrd.cli.run_records import RunSummary, describe_seconds, find_runs
 from lrd.errors import UserError
 
+# How `lrd runs --sort` orders: best, newest or longest first; what is not known comes last.
+SORT_KEYS: dict[str, Callable[[RunSummary], Any]] = {
+    "run": lambda run: str(run.path),
+    "steps": lambda run: _last_if_none(run.step, descending=True),
+    "loss": lambda run: _last_if_none(run.test_loss),
+    "accuracy": lambda run: _last_if_none(run.best_accuracy, descending=True),
+    "duration": lambda run: _last_if_none(run.seconds, descending=True),
+    "date": lambda run: _last_if_none(run.updated, descending=True),
+    "state": lambda run: run.state,
+}
 
-def runs_table(root: Path) -> None:
+
+def runs_table(root: Path, sort: str = "run", as_json: bool = False) -> None:
     """Print a row for each run directory at or below `root`.
 
+    Args:
+        root: the folder.
+        sort: a key of SORT_KEYS.
+        as_json: print a list of JSON objects with all values in place of the table.
+
     Raises:
-        UserError: the folder is missing, or there is no run in it.
+        UserError: the folder is missing, there is no run in it, or the key is unknown.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+    if sort not in SORT_KEYS:
+        raise UserError(f"runs: --sort: is {sort!r}, may be {', '.join(SORT_KEYS)}")
+    runs = sorted(find_runs(root), key=SORT_KEYS[sort])
 
-    run_dirs = [path.parent for path in sorted(root.rglob("status.json"))]
-    rows = []
-    for run_dir in run_dirs:
-        status = read_status(run_dir)
-        if status is None:  # another program's file
-            continue
+    if as_json:
+        console.info(json.dumps([run.as_json() for run in runs], indent=1))
+        return
 
-        steps = f"{status.get('step', '?')}/{status.get('total_steps', '?')}"
-        best = status.get("best_accuracy")
-        accuracy = "" if best is None else f"{best:.4f}"
-        rows.append([run_dir, _describe_recipe(run_dir), steps, accuracy, _describe_state(status)])
+    columns = ["run", "recipe", "steps", "loss", "best acc", "duration", "date", "state"]
+    rows = [_describe_run(run) for run in runs]
+    console.listing(
+        columns, rows, leave_out=["recipe", "date", "duration", "loss", "steps"], wrap="state"
+    )
 
-    if not rows:
-        raise UserError(f"{root}: no run in it; a run leaves a status.json in its run_dir")
-    console.table("", ["run", "recipe", "steps", "best accuracy", "state"], rows)
+
+def _describe_run(run: RunSummary) -> list[str]:
+    step = "?" if run.step is None else run.step
+    total_steps = "?" if run.total_steps is None else run.total_steps
+    date = ""
+    if run.updated is not None:
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.updated))
+    return [
+        str(run.path),
+        run.recipe,
+        f"{step}/{total_steps}",
+        "" if run.test_loss is None else f"{run.test_loss:.4f}",
+        "" if run.best_accuracy is None else f"{run.best_accuracy:.4f}",
+        describe_seconds(run.seconds),
+        date,
+        f"{run.state}: {run.message}" if run.message else run.state,
+    ]
+
+
+def _last_if_none(value: float | None, descending: bool = False) -> tuple[bool, float]:
+    """A key for `sorted`."""
+    if value is None:
+        return True, 0.0
+    return False, -value if descending else value
 
 
 def checkpoints_table(run_dir: Path, verify: bool) -> bool:
@@ -91,30 +128,6 @@ def export_weights_and_report(run_dir: Path, out: Path) -> None:
 
     path = store.export_weights(run_dir, out)
     console.info(f"{out}: the weights of {path}; load them with safetensors.torch.load_file")
-
-
-def _describe_state(status: dict[str, object]) -> str:
-    """The state of a run, with the first line of its message if there is one."""
-    state = str(status["state"])
-    message = str(status.get("message", "")).splitlines()
-    return f"{state}: {message[0]}" if message else state
-
-
-def _describe_recipe(run_dir: Path) -> str:
-    """A run's recipe in a few words; `?` if it cannot be read."""
-    try:
-        text = (run_dir / "recipe.yaml").read_text(encoding="utf-8")
-        recipe = recipes.parse(yaml.safe_load(text), str(run_dir))
-    except (OSError, yaml.YAMLError, UserError):
-        return "?"
-
-    words = (
-        f"{recipe.data.dataset} {recipe.model.arch}, "
-        f"{recipe.optimizer.name} lr {recipe.optimizer.lr:g}"
-    )
-    if recipe.lr_dropout is not None:
-        words += f", keep_prob {recipe.lr_dropout.keep_prob:g}"
-    return words
 
 
 def _describe_position(path: Path) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -80,8 +81,10 @@ def exit_process(status: int) -> NoReturn:
     tensor. In a few of many stops the rank hung until the launcher killed it 30 s later. All that
     matters is on disk by then.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed before the start
+            with suppress(OSError):  # the terminal was closed
+                stream.flush()
     if dist.is_initialized():
         os._exit(status)
     sys.exit(status)

@@ -163,9 +163,20 @@ def broadcast_buffers(model: nn.Module) -> None:
 
     BatchNorm's running statistics differ between ranks until DDP's next forward pass.
     """
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+    if not dist.is_initialized():
+        return
+
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+
+    # One broadcast for each dtype: a ResNet has a hundred buffers.
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        dist.broadcast(flat, src=0)
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 @dataclass(frozen=True)

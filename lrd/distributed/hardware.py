@@ -87,8 +87,9 @@ def uses_cpu(device: str) -> bool:
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if is_launched:
         raise UserError(
-            "the launch file asks for GPUs, but this host has no CUDA device that torch can use; "
-            "take launch/accelerate/cpu.yaml, or trainer.device=cpu"
+            "accelerate launch asks for GPUs, as it does where neither a launch file nor --cpu is "
+            "given, but this host has no CUDA device that torch can use; take `lrd launch`, "
+            "--config_file launch/accelerate/cpu.yaml, or trainer.device=cpu"
         )
     return True
 

@@ -1,4 +1,8 @@
-"""Whether all ranks hold the same parameters and optimizer state, bit for bit."""
+"""Whether all ranks hold the same parameters and optimizer state, bit for bit.
+
+A tensor that is sharded exists once, so there is nothing to compare its bits with: its shape and
+how it is sharded are compared.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch.optim import Optimizer
 
 from lrd.distributed.communication import all_gather_object, describe_rank
 from lrd.errors import RunError
-from lrd.optim import tensor_bits
+from lrd.optim import placement, tensor_bits
 
 
 def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -22,7 +26,7 @@ def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
     Returns:
         The settings of each parameter group as text, and a 64-bit integer for each parameter and
-        each tensor of optimizer state, by name.
+        each tensor of optimizer state, by name. For one that is sharded it is a text instead.
     """
     settings = {
         f"{key} of group {number}": repr(value.item() if isinstance(value, Tensor) else value)
@@ -38,13 +42,27 @@ def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             if isinstance(value, Tensor):
                 tensors[f"{names[id(parameter)]} ({key})"] = value
 
+    shards = {
+        name: describe_shards(tensor)
+        for name, tensor in tensors.items()
+        if placement.is_dtensor(tensor)
+    }
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    if not tensors:
+        return settings | shards
+
     # All digests go to one device, so that one copy to the CPU brings them all.
     device = next(model.parameters()).device
     digests = [
         tensor_bits.digest(tensor).to(device, non_blocking=True) for tensor in tensors.values()
     ]
     values = torch.stack(digests).tolist()
-    return settings | dict(zip(tensors, values, strict=True))
+    return settings | shards | dict(zip(tensors, values, strict=True))
+
+
+def describe_shards(tensor: Any) -> str:
+    """What all ranks must have in common of a DTensor, as text."""
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.placements} over {tensor.device_mesh}"
 
 
 def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:

@@ -14,7 +14,9 @@ from lrd.errors import RunError
 
 # The parent when this process began: a launcher may die while torch is imported.
 PARENT_PID = os.getppid()
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# A terminal that is closed sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -37,7 +39,10 @@ def end_with_launcher() -> None:
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 only set a flag for the training loop.
+    """A context in which SIGTERM, SIGINT, SIGHUP and SIGUSR1 only set a flag for the training loop.
+
+    A signal that is ignored stays ignored: `nohup` ignores SIGHUP, so that a run goes on after its
+    terminal is closed.
 
     A second signal ends the process at once, unless it comes within two seconds of the first:
     Ctrl-C in a terminal reaches the ranks twice, from the terminal and from the launcher that
@@ -56,7 +61,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
-            self._previous_handlers[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@
 | `state` | `Job`: all parts of the job, and the state that a checkpoint carries |
 | `setup` | recipe -> `Job`, on all ranks together |
 | `models`, `optimizers`, `schedules` | recipe -> network, optimizer, lr schedule |
+| `sharding` | parameters and optimizer state in shards (FSDP2) |
 | `sync_batchnorm` | batch normalization over all ranks on a CPU |
 | `evaluation` | the test set over all ranks |
 | `nonfinite` | losses and gradients that are not finite |

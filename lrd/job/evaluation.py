@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrd.data.datasets import Images
 from lrd.distributed.communication import broadcast_buffers, gather_stop_signal
+from lrd.job import sharding
 
 _BATCHES_BETWEEN_SIGNAL_CHECKS_ON_GPU = 20  # each check makes the CPU wait for the GPU
 
@@ -63,7 +64,8 @@ def evaluate(
         start = begin + batch * batch_size
         part = slice(start, min(start + batch_size, end))
         labels = images.labels[part]  # int64 (batch,)
-        if len(labels) == 0:
+        # The shards of a network are gathered by all ranks, also for a rank without images.
+        if len(labels) == 0 and not sharding.is_sharded(model):
             continue
 
         with accelerator.autocast():

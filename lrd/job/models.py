@@ -97,6 +97,12 @@ def _build_stage(
     return nn.Sequential(*blocks), out_channels
 
 
+def residual_blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a network, in their order."""
+    classes = tuple(block for block, _ in ARCHITECTURES.values())
+    return [module for module in model.modules() if isinstance(module, classes)]
+
+
 def build_model(section: recipes.Model, num_classes: int, seed: int) -> nn.Module:
     """The network that a recipe names, on the CPU, with weights that depend on `seed` alone.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrd.distributed.communication import StepStatistics, all_gather_object, describe_rank
 from lrd.errors import RunError
+from lrd.job import sharding
 from lrd.job.state import Job
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -103,6 +104,8 @@ class NonfiniteGuard:
         job = self._job
         accumulation_steps = job.recipe.trainer.accumulation_steps
         job.raw_model.zero_grad()
+        if job.is_sharded:
+            sharding.keep_local_gradients(job.raw_model)
         for micro_step in range(accumulation_steps):
             inputs, labels = job.load_micro_batch(job.step, micro_step)
             with job.accelerator.autocast():

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lrd import recipe as recipes
 from lrd.errors import UserError, first_line
 from lrd.optim.dropout import LRDropout
+from lrd.optim.magma import Magma
 
 NAMES = (
     "SGD",
@@ -34,6 +35,7 @@ UNSUPPORTED = {
     "LBFGS": "one step of it evaluates the loss several times along a line; the training loop "
     "takes one gradient a step, and a masked line search has no meaning",
     "SparseAdam": "it takes sparse gradients only, and every gradient of a ResNet is dense",
+    "Muon": "it takes matrices only, and a ResNet's convolutions have weights of four dimensions",
 }
 
 # What torch raises for an argument with a wrong value.
@@ -41,7 +43,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError)
 
 
 def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
-    """The optimizer that a recipe names, with LRDropout attached if the recipe has `lr_dropout`.
+    """The optimizer that a recipe names, with its `lr_dropout` attached if it has this section.
 
     Each parameter group has a `name`. The parameters that no pattern matches come first, then the
     groups in the order of the recipe.
@@ -81,17 +83,29 @@ def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
 
 
 def _attach_lr_dropout(optimizer: Optimizer, section: recipes.LRDropout, seed: int) -> None:
+    cls: type[LRDropout] = LRDropout
+    if section.kind == "magma":
+        _require_momentum(optimizer)
+        cls = Magma
+
     try:
-        LRDropout(
-            optimizer,
-            keep_prob=section.keep_prob,
-            seed=seed,
-            granularity=section.granularity,
-            rescale=section.rescale,
-            masks=section.masks,
-        )
+        cls(optimizer, seed=seed, **section.arguments)
     except ValueError as error:
         raise UserError(f"lr_dropout: {error}") from None
+
+
+def _require_momentum(optimizer: Optimizer) -> None:
+    """Refuse Magma before the run if a parameter group keeps no momentum.
+
+    Magma itself finds out in the first step. The optimizers in `NAMES` that keep one have an
+    argument `momentum`, which may be 0, or `betas`.
+    """
+    for group in optimizer.param_groups:
+        if not group.get("momentum") and "betas" not in group:
+            raise UserError(
+                "lr_dropout.kind: magma needs a momentum, and "
+                f"{type(optimizer).__name__} keeps none in the parameter group {group['name']}"
+            )
 
 
 def _optimizer_class(name: str) -> type[Any]:

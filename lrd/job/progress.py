@@ -114,10 +114,13 @@ class Progress:
         num_train = len(job.dataset.train)
         num_test = len(job.dataset.test)
         num_groups = len(job.raw_optimizer.param_groups)
+        ranks = f"{job.accelerator.num_processes} on {job.accelerator.device.type}"
+        if job.is_sharded:
+            ranks += ", each with a shard of the network and of the optimizer's state"
         return [
             ("network", f"{job.recipe.model.arch}, {num_parameters:,} parameters"),
             ("data", f"{job.recipe.data.dataset}, {num_train:,} + {num_test:,} images"),
-            ("ranks", f"{job.accelerator.num_processes} on {job.accelerator.device.type}"),
+            ("ranks", ranks),
             ("optimizer", f"{job.recipe.optimizer.name}, {num_groups} parameter group(s)"),
             ("keep_prob", self._describe_dropout()),
             ("steps", f"{job.step:,} in all, {self.num_steps:,} by this start"),

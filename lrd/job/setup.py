@@ -24,7 +24,8 @@ from lrd.distributed.gradient_compression import bf16_all_reduce_hook
 from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
-from lrd.job.models import build_model
+from lrd.job import sharding
+from lrd.job.models import build_model, residual_blocks
 from lrd.job.optimizers import build_optimizer
 from lrd.job.schedules import Schedule, depends_on_length, total_steps
 from lrd.job.state import Job
@@ -113,12 +114,19 @@ def _build_job(
     model = build_model(recipe.model, num_classes, recipe.seed).to(device)
     if recipe.model.sync_batchnorm:
         model = convert_sync_batchnorm(model, device)
+    # A rank that is alone has nothing to share.
+    is_sharded = recipe.trainer.sharding == "full" and accelerator.num_processes > 1
+
     # On a CPU it is enough that the inputs are channels_last; with such parameters the masked step
-    # is slower.
-    if recipe.trainer.channels_last and device.type != "cpu":
+    # is slower. FSDP2 refuses them.
+    if recipe.trainer.channels_last and device.type != "cpu" and not is_sharded:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if is_sharded:
+        sharding.shard_model(model, residual_blocks(model), device)
 
     optimizer = build_optimizer(model, recipe)
+    if is_sharded:
+        sharding.require_optimizer_support(optimizer)
     schedule = Schedule(
         optimizer,
         recipe.schedule,
@@ -183,17 +191,31 @@ def _load(job: Job, path: Path, files: dict[str, bytes]) -> None:
 
 
 def _wrap_model(job: Job) -> None:
-    """Put the network under DDP, where there are several ranks, and compile it, where asked for."""
+    """Put the network under DDP, where there are several ranks, and compile it, where asked for.
+
+    A sharded network needs no DDP.
+    """
     trainer = job.recipe.trainer
-    job.ddp_model, job.accelerated_optimizer = job.accelerator.prepare(
-        job.raw_model, job.raw_optimizer
-    )
+    if job.is_sharded:
+        # Autocast as under DDP, and nothing else.
+        job.ddp_model = job.accelerator.prepare_model(
+            job.raw_model, device_placement=False, evaluation_mode=True
+        )
+        job.accelerated_optimizer = job.accelerator.prepare_optimizer(
+            job.raw_optimizer, device_placement=False
+        )
+    else:
+        job.ddp_model, job.accelerated_optimizer = job.accelerator.prepare(
+            job.raw_model, job.raw_optimizer
+        )
 
     if trainer.gradient_compression == "bf16" and job.accelerator.num_processes > 1:
         job.ddp_model.register_comm_hook(None, bf16_all_reduce_hook)  # type: ignore[operator]
     if trainer.compile:
-        job.raw_model.compile()
-    if job.accelerator.num_processes > 2:
+        # In shards the blocks are compiled one by one, with other image sizes. With these as
+        # symbols torch 2.13 fails to compile the backward pass.
+        job.raw_model.compile(dynamic=False if job.is_sharded else None)
+    if job.accelerator.num_processes > 2 and not job.is_sharded:
         _warm_up_ddp_buckets(job)
 
 

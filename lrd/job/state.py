@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lrd.data.batches import Batches
 from lrd.data.datasets import Dataset
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
+from lrd.job import sharding
 from lrd.job.schedules import Schedule
 from lrd.tracking.tracker import Tracker
 
@@ -40,7 +41,8 @@ class Job:
         batches: the training batches, by position.
         schedule: sets the lr of `raw_optimizer`.
         raw_model: the network itself.
-        ddp_model: the network as Accelerate prepared it, under DDP where there are several ranks.
+        ddp_model: the network as Accelerate prepared it, under DDP where there are several ranks. A
+            network that is sharded is `raw_model` itself.
         raw_optimizer: torch's optimizer, which LRDropout and the schedule work on.
         accelerated_optimizer: the same one, wrapped by Accelerate.
         total_steps: optimizer steps of the whole run.
@@ -78,6 +80,11 @@ class Job:
     best: dict[str, Any] | None = None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only shards of the parameters (`trainer.sharding`)."""
+        return sharding.is_sharded(self.raw_model)
+
+    @property
     def is_evaluation_due(self) -> bool:
         """Whether the state after `step` steps is still to be evaluated.
 
@@ -104,6 +111,13 @@ class Job:
         if self.recipe.trainer.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which backward passes accumulate this rank's gradients alone."""
+        if self.is_sharded:
+            return sharding.no_sync(self.raw_model)
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self.ddp_model)
+        return context
 
     def write_status(self, state: str, **more: Any) -> None:
         """Write `state` and the progress of the run to `status.json`, from the main process.
@@ -133,7 +147,9 @@ class Job:
     def train_state(self) -> store.TrainState:
         """What `load_train_state` needs.
 
-        Its tensors are the living ones, not copies: whoever keeps the state must copy them.
+        Its tensors are the living ones, not copies: whoever keeps the state must copy them. Where
+        the network is sharded they are gathered, by all ranks together, and only the main process
+        has them.
         """
         model = {name: tensor.detach() for name, tensor in self.raw_model.state_dict().items()}
         optimizer = {
@@ -151,7 +167,10 @@ class Job:
             "identity": self.result_settings,
             "world_size": self.accelerator.num_processes,
         }
-        return store.TrainState(model, optimizer, trainer)
+        state = store.TrainState(model, optimizer, trainer)
+        if self.is_sharded:
+            state = sharding.gather_state(state, is_kept=self.accelerator.is_main_process)
+        return state
 
     def load_train_state(self, state: store.TrainState, path: Path) -> None:
         """Go on from a checkpoint.
@@ -170,6 +189,8 @@ class Job:
             )
             raise UserError("\n".join([*changes, advice]))
 
+        if self.is_sharded:
+            state = sharding.shard_state(state, self.raw_model, self.raw_optimizer)
         try:
             self.raw_model.load_state_dict(state.model)
         except RuntimeError as error:

@@ -7,6 +7,8 @@ which names the key.
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     values = {"run_dir": f"runs/{path.stem}", **_read(path)}
+    file_keys = _list_keys(values)
     for override in overrides or []:
         _apply_override(values, override)
-    return parse(values, str(path))
+
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _describe_faults(error, str(path), file_keys, overrides or []) from None
+
+    # The shell expands `~` only at the beginning of an argument.
+    recipe.run_dir = _expand_home(recipe.run_dir, "run_dir")
+    recipe.data.root = _expand_home(recipe.data.root, "data.root")
+    return recipe
 
 
 def parse(values: dict[str, Any], source: str) -> Recipe:
@@ -48,8 +60,66 @@ def parse(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"{source}: {_explain(fault)}" for fault in error.errors()]
-        raise UserError("\n".join(lines)) from None
+        raise _describe_faults(error, source, set(), []) from None
+
+
+def _list_keys(values: dict[str, Any]) -> set[str]:
+    """The sections of a recipe's file and their keys, as `section` and `section.key`."""
+    keys = set()
+    for section, content in values.items():
+        keys.add(str(section))
+        if isinstance(content, dict):
+            keys |= {f"{section}.{key}" for key in content}
+    return keys
+
+
+def _describe_faults(
+    error: ValidationError, source: str, file_keys: set[str], overrides: list[str]
+) -> UserError:
+    """A line for each fault, which begins with the override or the file that contains it."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(_location(fault))
+        override = _find_override(key, file_keys, overrides)
+        lines.append(f"{source if override is None else override}: {_explain(fault)}")
+    return UserError("\n".join(lines))
+
+
+def _find_override(key: str, file_keys: set[str], overrides: list[str]) -> str | None:
+    """The last override that gave a key its value, or that made the section it names."""
+    for override in reversed(overrides):
+        name, _, _ = override.partition("=")
+        is_from_it = key == name or key.startswith(f"{name}.")
+        is_made_by_it = name.startswith(f"{key}.") and key not in file_keys
+        if is_from_it or is_made_by_it:
+            return override if len(override) <= _MAX_SHOWN else f"{name}=..."
+    return None
+
+
+def _expand_home(path: str, key: str) -> str:
+    """Replace `~` and `~user` at the beginning of a path.
+
+    Raises:
+        UserError: there is no such user, or no home.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UserError(f"{key}: is {path!r}: {first_line(error)}") from None
+
+
+_MAX_SHOWN = 100  # characters of a value or an override in a message
+
+_MAX_VALUES = 100_000  # in a recipe
+
+_reprs = reprlib.Repr()
+_reprs.maxstring = _reprs.maxother = _MAX_SHOWN
+_reprs.maxlevel = 2
+
+
+def _show(value: Any) -> str:
+    """A value for a message, shortened: a list may contain itself, or be of any length."""
+    return _reprs.repr(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,6 +149,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -87,11 +159,27 @@ def _read(path: Path) -> dict[str, Any]:
 
     if values is None:
         return {}
+    if _is_too_large(values):
+        raise UserError(f"{path}: has more than {_MAX_VALUES:,} values, or contains itself")
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: a recipe must be a mapping of sections, not a {type(values).__name__}"
         )
     return values
+
+
+def _is_too_large(values: Any) -> bool:
+    """Whether there are very many values: YAML's aliases can make millions of a few lines."""
+    num_values = 0
+    unseen = [values]
+    while unseen and num_values <= _MAX_VALUES:
+        value = unseen.pop()
+        num_values += 1
+        if isinstance(value, dict):
+            unseen += value.values()
+        elif isinstance(value, list):
+            unseen += value
+    return num_values > _MAX_VALUES
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -105,8 +193,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{key}: {text!r} is not a YAML value") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"{key}: {_show(text)} is not a YAML value") from None
+
+    if _is_too_large(value):
+        raise UserError(f"{key}: has more than {_MAX_VALUES:,} values, or contains itself")
 
     section = values
     for part in parts[:-1]:
@@ -114,21 +205,29 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             section[part] = {}
         if not isinstance(section[part], dict):
             raise UserError(
-                f"{key}: cannot be overridden, because {part} is {section[part]!r} in the file, "
-                "not a section of keys and values"
+                f"{key}: cannot be overridden, because {part} is {_show(section[part])} "
+                "in the file, not a section of keys and values"
             )
         section = section[part]
     section[parts[-1]] = value
 
 
-def _explain(fault: ErrorDetails) -> str:
-    """One fault in one line: the key, its value, and what it may be."""
+def _location(fault: ErrorDetails) -> list[str]:
+    """The parts of the key that a fault is about; empty if it is about the whole recipe."""
     location = [str(part) for part in fault["loc"]]
 
     # In a schedule pydantic puts the scheduler's name between the section and the key.
-    scheduler = None
     if len(location) > 1 and location[0] == "schedule":
-        scheduler = location.pop(1)
+        location.pop(1)
+    return location
+
+
+def _explain(fault: ErrorDetails) -> str:
+    """One fault in one line: the key, its value, and what it may be."""
+    location = _location(fault)
+    scheduler = None
+    if len(fault["loc"]) > 1 and fault["loc"][0] == "schedule":
+        scheduler = str(fault["loc"][1])
 
     key = ".".join(location)
     value = fault["input"]
@@ -139,14 +238,18 @@ def _explain(fault: ErrorDetails) -> str:
         return _explain_unknown_scheduler(value["name"])
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{key}: is {value!r}, {message}" if location else message
+        return f"{key}: is {_show(value)}, {message}" if location else message
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key}: is {value!r}, should be a section of keys and values"
+        return f"{key}: is {_show(value)}, should be a section of keys and values"
     if fault["type"] == "missing":
         return f"{key}: is missing"
 
     message = fault["msg"].removeprefix("Input ")
-    return f"{key}: is {value!r}, {message[0].lower()}{message[1:]}"
+    hint = ""
+    if fault["type"] == "literal_error":
+        names = re.findall(r"'([^']*)'", str(fault["ctx"]["expected"]))
+        hint = _did_you_mean(str(value), names, cutoff=0.5)
+    return f"{key}: is {_show(value)}, {message[0].lower()}{message[1:]}{hint}"
 
 
 def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
@@ -176,5 +279,7 @@ def _explain_unknown_scheduler(name: Any) -> str:
 
 
 def _did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    # Upper and lower case count for nothing: `sgd` means `SGD`.
+    by_lower_case = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1, cutoff=cutoff)
+    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -341,10 +342,23 @@ class Optimizer(OpenSection):
         return [group.name or f"group{i}" for i, group in enumerate(self.groups, start=1)]
 
 
+# The keys that only one kind of `lr_dropout` has, with their defaults there.
+_KEYS_BY_KIND: dict[str, dict[str, Any]] = {
+    "dropout": {"granularity": "element", "rescale": False, "masks": "update"},
+    "magma": {"tau": 2.0, "score_start": None},
+}
+
+
 class LRDropout(Section):
+    kind: Literal["dropout", "magma"] = setting(
+        "dropout",
+        "`dropout` is learning rate dropout; `magma` draws one mask for each tensor and also "
+        "scales its update, see [learning-rate-dropout.md](learning-rate-dropout.md#magma)",
+        affects_results=True,
+    )
     keep_prob: KeepProb = setting(
         0.5,
-        "probability that an element moves in a step",
+        "probability that an element (`magma`: a tensor) moves in a step",
         affects_results=True,
     )
     seed: Int | None = setting(
@@ -355,22 +369,70 @@ class LRDropout(Section):
         ge=0,
         lt=1 << 64,
     )
-    granularity: Granularity = setting(
-        "element",
-        "which elements share one draw",
+    granularity: Granularity | None = setting(
+        None,
+        "`dropout`: which elements share one draw",
         affects_results=True,
+        default_means="`element`",
     )
-    rescale: bool = setting(
-        False,
-        "divide the update of a kept element by `keep_prob`",
+    rescale: bool | None = setting(
+        None,
+        "`dropout`: divide the update of a kept element by `keep_prob`",
         affects_results=True,
+        default_means="`false`",
     )
-    masks: Literal["update", "gradient", "momentum_buffer"] = setting(
-        "update",
-        "what is masked; `gradient` and `momentum_buffer` are controls, see "
+    masks: Literal["update", "gradient", "momentum_buffer"] | None = setting(
+        None,
+        "`dropout`: what is masked; `gradient` and `momentum_buffer` are controls, see "
         "[learning-rate-dropout.md](learning-rate-dropout.md)",
         affects_results=True,
+        default_means="`update`",
     )
+    tau: Float | None = setting(
+        None,
+        "`magma`: temperature of the score",
+        affects_results=True,
+        default_means="2",
+        gt=0.0,
+    )
+    score_start: Float | None = setting(
+        None,
+        "`magma`: the score before the first update",
+        affects_results=True,
+        default_means="none: the first update's own",
+        ge=0.0,
+        le=1.0,
+    )
+
+    # It runs for the keys that are given. `kind` comes before them, so it is known here.
+    @field_validator("granularity", "rescale", "masks", "tau", "score_start")
+    @classmethod
+    def _refuse_key_of_other_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if value is not None and kind is not None and info.field_name not in _KEYS_BY_KIND[kind]:
+            has = ", ".join(_KEYS_BY_KIND[kind])
+            raise ValueError(f"which lr_dropout.kind {kind} does not have; it has {has}")
+        return value
+
+    @field_validator("keep_prob")
+    @classmethod
+    def _refuse_magma_that_keeps_all(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("kind") == "magma" and value == 1.0:
+            raise ValueError("must be less than 1 with lr_dropout.kind magma")
+        return value
+
+    @model_validator(mode="after")
+    def _fill_defaults_of_kind(self) -> LRDropout:
+        for key, default in _KEYS_BY_KIND[self.kind].items():
+            if getattr(self, key) is None:
+                setattr(self, key, default)
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keys that are arguments of `lrd.LRDropout` or `lrd.Magma`, if they have a value."""
+        not_here = ("kind", "seed")
+        return {key: value for key, value in self if key not in not_here and value is not None}
 
 
 # Schedules: one section for each scheduler of torch, told apart by `name`. torch does not check
@@ -611,6 +673,14 @@ class Trainer(Section):
         "rounded to 8 bits of mantissa ([Scaling](scaling.md) shows what it gains)",
         affects_results=True,
     )
+    sharding: Literal["none", "full"] = setting(
+        "none",
+        "`full`: each rank holds a shard of the parameters, gradients and optimizer state (FSDP2) "
+        "in place of a copy, and the ranks gather a block of the network when they compute it "
+        "([Launching](launching.md#sharding)); the gradients' mean is rounded otherwise, and a run "
+        "may change between the two",
+        affects_results=False,
+    )
     channels_last: Literal[True, False, "auto"] = setting(
         False,
         "use the channels_last memory layout; on a CPU, for the inputs only; `auto`: true on a "
@@ -822,6 +892,15 @@ class Recipe(Section):
             raise ValueError("optimizer.groups: keep_prob of a group needs the section lr_dropout")
         return self
 
+    @model_validator(mode="after")
+    def _refuse_compression_of_shards(self) -> Recipe:
+        if self.trainer.sharding == "full" and self.trainer.gradient_compression != "none":
+            raise ValueError(
+                f"trainer.gradient_compression: is {self.trainer.gradient_compression!r}, "
+                "must be 'none' with trainer.sharding=full: it is done in DDP's all-reduce"
+            )
+        return self
+
     @property
     def mask_seed(self) -> int:
         """The seed of the masks: `lr_dropout.seed`, or `seed` if that is not given."""
@@ -854,8 +933,11 @@ class Recipe(Section):
         if self.lr_dropout is not None:
             settings["lr_dropout.seed"] = self.mask_seed
 
-        # The next two keep the keys as they are in checkpoints of earlier versions, which a resume
-        # compares: without compression the key was left out, and every schedule had a metric.
+        # The rest keeps the keys as they are in checkpoints of earlier versions, which a resume
+        # compares: there was one kind of lr_dropout, without compression the key was left out, and
+        # every schedule had a metric.
+        if self.lr_dropout is not None and self.lr_dropout.kind == "dropout":
+            del settings["lr_dropout.kind"]
         if self.trainer.gradient_compression == "none":
             del settings["trainer.gradient_compression"]
         settings.setdefault("schedule.metric", "test_loss")

@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+import lrd
 from lrd import console
 from lrd.checkpoint import store
 from lrd.cli.app import app
@@ -564,3 +565,51 @@ def test_a_signal_in_the_last_evaluation_leaves_it_for_the_next_start(
     assert read_status(run_dir)["state"] == "finished"
     assert read_status(run_dir)["best_accuracy"] is not None
     assert store.read_trainer(store.checkpoint_path(run_dir, 3))["evaluated"] == 3
+
+
+def test_check_tries_a_recipe_out_and_writes_nothing(tmp_path, recipe):
+    before = sorted(tmp_path.rglob("*"))
+    result = invoke("check", recipe, f"run_dir={tmp_path / 'run'}")
+    assert result.exit_code == 0, result.output
+    for words in ("1,437 training images", "64x3x8x8", "images/s", "an epoch", "a new run"):
+        assert words in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_sees_where_a_run_would_go_on(run_dir, recipe):
+    result = invoke("check", recipe, f"run_dir={run_dir}")
+    assert "goes on after step 3" in result.stdout
+    assert store.list_steps(run_dir) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "expected"),
+    [
+        ("data.batch_size=5000", 2, "data.batch_size"),
+        ("data.image_size=100000", 2, "fails here"),
+        ("optimizer.lr=1e30", 1, "step 2: the loss is"),
+        ("run_dir=/proc/version/run", 2, "run_dir: /proc/version/run cannot be written"),
+    ],
+)
+def test_check_reports_what_is_wrong_in_one_line(recipe, override, status, expected):
+    result = invoke("check", recipe, override)
+    (line,) = error_lines(result)
+    assert result.exit_code == status
+    assert expected in line
+
+
+def test_the_version_is_shown():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"lrd {lrd.__version__}, torch {torch.__version__}, Python 3.")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "launch", "check", "lr", "runs", "compare", "checkpoints", "doctor"],
+)
+def test_each_command_has_a_short_option_for_help(command):
+    result = invoke(*command.split(), "-h")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    assert "--help" in result.output

@@ -1,5 +1,7 @@
 """`lrd lr`: pictures of the learning rates of recipes and runs."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -33,7 +35,7 @@ def sources(tmp_path) -> dict[str, list[str]]:
     return arguments
 
 
-@pytest.mark.parametrize("source", ["recipe.yaml", "run"])
+@pytest.mark.parametrize("source", ["recipe.yaml", "run", "recipe.yaml and run"])
 def test_lr_draws_a_picture(tmp_path, sources, source):
     out = tmp_path / "lr.png"
     result = CliRunner().invoke(app, ["lr", *sources[source], "-o", str(out)])
@@ -57,14 +59,63 @@ def test_recipes_of_one_name_in_two_folders_are_two_curves(tmp_path):
         path.write_text(RECIPE.replace("lr: 0.1", f"lr: {lr}"))
         paths.append(path)
 
-    (axes,) = plots._plot_recipes(paths).axes
-    assert [line.get_label() for line in axes.get_lines()] == [str(path) for path in paths]
+    (axes,) = plots.plot_sources(plots.read_sources(paths, [])).axes
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert [label for label in labels if not label.startswith("_")] == [str(path) for path in paths]
+
+
+def test_a_recipe_shows_the_effective_lr_that_its_masks_lead_to(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    groups = "optimizer.groups=[{match: 'fc.*', name: head, keep_prob: 0.9}]"
+    (source,) = plots.read_sources([path], [groups, "optimizer.lr=0.2", "schedule=null"])
+    rest, head = source.trajectories
+    assert rest.lrs == [0.2] * 30
+    assert rest.effective == pytest.approx([0.1] * 30)
+    assert head.effective == pytest.approx([0.18] * 30)
+
+    (plain,) = plots.read_sources([path], ["lr_dropout=null"])
+    assert plain.trajectories[0].effective is None
+
+
+def test_recipes_and_runs_share_a_picture_over_steps(sources):
+    paths = [Path(text) for text in sources["recipe.yaml and run"]]
+    recipe, run = plots.read_sources(paths, [])
+    assert run.trajectories[0].steps == list(range(1, 9))
+    assert run.trajectories[0].effective is not None
+    (axes,) = plots.plot_sources([recipe, run]).axes
+    assert axes.get_xlabel() == "step"
+    # lr and effective lr: of the recipe's group, and of the run's two.
+    assert len(axes.get_lines()) == 6
+
+
+def test_many_lines_can_be_told_apart(tmp_path):
+    paths = []
+    for i in range(12):
+        path = tmp_path / f"r{i}.yaml"
+        path.write_text(RECIPE.replace("lr: 0.1", f"lr: {0.1 + i}"))
+        paths.append(path)
+
+    groups = "optimizer.groups=[{match: 'fc.*', name: head, lr: 0.05}]"
+    (axes,) = plots.plot_sources(plots.read_sources(paths, [groups])).axes
+    looks = set()
+    labelled = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    for line in labelled:
+        looks.add((line.get_color(), str(line._dash_pattern), line.get_marker()))
+    assert len(labelled) == 13  # the head's lr is the same in all
+    assert len(looks) == len(labelled)
+
+
+def test_overrides_of_runs_alone_are_refused(tmp_path, sources):
+    arguments = ["lr", *sources["run"], "optimizer.lr=1", "-o", str(tmp_path / "lr.png")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "optimizer.lr=1: overrides are for recipes" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("source", "out", "expected"),
     [
-        ("recipe.yaml and run", "lr.png", "one picture"),
         ("empty", "lr.png", "empty"),
         ("nowhere.yaml", "lr.png", "nowhere.yaml"),
         ("recipe.yaml", "nowhere/lr.png", "nowhere"),

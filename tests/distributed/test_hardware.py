@@ -87,8 +87,8 @@ def test_auto_survives_a_dump_and_unknown_settings_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         recipes.load(path, ["trainer.channels_last=sometimes", "trainer.precision=fp16"])
     assert [line.split(",")[0] for line in str(caught.value).splitlines()] == [
-        f"{path}: trainer.precision: is 'fp16'",
-        f"{path}: trainer.channels_last: is 'sometimes'",
+        "trainer.precision=fp16: trainer.precision: is 'fp16'",
+        "trainer.channels_last=sometimes: trainer.channels_last: is 'sometimes'",
     ]
 
 

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lrd
 from lrd.distributed.replica_check import compare_replicas, fingerprint
@@ -180,6 +183,29 @@ def test_a_setting_may_be_a_number_or_a_tensor():
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
     assert fingerprint(network, optimizer) == before
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_of_sharded_tensors_shape_and_shards_are_compared_and_counters_bit_for_bit(mesh):
+    network = nn.Linear(3, 4)
+    network.weight = nn.Parameter(distribute_tensor(network.weight.detach(), mesh, [Shard(0)]))
+    network.bias = nn.Parameter(distribute_tensor(network.bias.detach(), mesh, [Shard(0)]))
+    optimizer = torch.optim.Adam(network.parameters())
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+    values = fingerprint(network, optimizer)
+    for name in ("weight", "weight (exp_avg)", "weight (exp_avg_sq)"):
+        assert values[name].startswith("torch.float32 (4, 3) (Shard(dim=0),) over ")
+    assert values["weight (step)"] == tensor_bits.digest(torch.tensor(1.0)).item()
 
 
 def test_running_statistics_are_not_part_of_a_fingerprint():

@@ -46,7 +46,14 @@ def random_kills(lab: Lab) -> Iterator[Trial]:
 
 
 def kill_at_random(
-    lab: Lab, ranks: int, victim: str, kills: int, number: int, folder: Path, length: str = LONG
+    lab: Lab,
+    ranks: int,
+    victim: str,
+    kills: int,
+    number: int,
+    folder: Path,
+    length: str = LONG,
+    overrides: tuple[str, ...] = (),
 ) -> Outcome:
     """Kill a job several times in a row.
 
@@ -57,18 +64,19 @@ def kill_at_random(
         kills: how many.
         number: tells this trial's random moments from those of others.
         length: of the job.
+        overrides: further ones of the recipe.
     """
-    _, seconds = lab.undisturbed(ranks, length)
+    _, seconds = lab.undisturbed(ranks, length, *overrides)
     draw = lab.draw("kills", ranks, victim, number)
     outcome = Outcome(times=0)
 
-    jobs = [Job(folder / "job-0", ranks, length)]
+    jobs = [Job(folder / "job-0", ranks, length, *overrides)]
     while outcome.times < kills:
         if kill(jobs[-1].start(), victim, draw.uniform(0, seconds)):
             outcome.times += 1
         else:
             require_success_and_compare(lab, jobs[-1], outcome)
-            jobs.append(Job(folder / f"job-{len(jobs)}", ranks, length))
+            jobs.append(Job(folder / f"job-{len(jobs)}", ranks, length, *overrides))
 
     outcome.starts = max(outcome.starts, jobs[-1].finish())
     return require_success_and_compare(lab, jobs[-1], outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import lrd
 from lrd import recipe
 from lrd.errors import UserError
 from lrd.job import optimizers
 from lrd.optim.dropout import get_lr_dropout
+from tests.helpers.optimizers import assert_same_bits, saved_and_loaded
 
 
 def make_model() -> nn.Module:
@@ -81,6 +84,80 @@ def test_the_section_lr_dropout_reaches_the_groups():
     assert group["mask_rescale"] is True
 
 
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"])
+def test_the_kind_magma_attaches_magma_and_steps(name):
+    model = make_model()
+    section = {"name": name, "groups": [{"match": "fc.*", "keep_prob": 1.0}]}
+    if name in ("SGD", "RMSprop"):
+        section["momentum"] = 0.9
+    magma_section = {"kind": "magma", "keep_prob": 0.3, "tau": 0.5, "score_start": 1}
+    optimizer = build(model, optimizer=section, lr_dropout=magma_section, seed=5)
+
+    magma = get_lr_dropout(optimizer)
+    assert isinstance(magma, lrd.Magma)
+    assert (magma.tau, magma.score_start) == (0.5, 1.0)
+    settings = [
+        tuple(group[key] for key in ("keep_prob", "mask_seed", "mask_granularity"))
+        for group in optimizer.param_groups
+    ]
+    assert settings == [(0.3, 5, "tensor"), (1.0, 5, "tensor")]
+
+    before = [parameter.detach().clone() for parameter in model.fc.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(model.fc.parameters(), before, strict=True):
+        assert (parameter != old).all()
+
+
+def test_a_resumed_magma_continues_with_the_same_bits():
+    section = {"kind": "magma", "keep_prob": 0.5}
+    arguments = {"name": "SGD", "momentum": 0.9}
+
+    def make(model: nn.Module) -> Optimizer:
+        return build(model, optimizer=arguments, lr_dropout=section)
+
+    def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, range(4))
+
+    resumed_model = copy.deepcopy(model)
+    resumed = make(resumed_model)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(model, optimizer, range(4, 10))
+    train(resumed_model, resumed, range(4, 10))
+    assert_same_bits(list(resumed_model.parameters()), list(model.parameters()))
+    assert_same_bits(resumed.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    ("section", "group"),
+    [
+        ({"name": "SGD"}, "group0"),
+        ({"name": "RMSprop"}, "group0"),
+        ({"name": "Adagrad"}, "group0"),
+        ({"name": "Adadelta"}, "group0"),
+        ({"name": "Rprop"}, "group0"),
+        ({"name": "ASGD"}, "group0"),
+        (
+            {"name": "SGD", "momentum": 0.9, "groups": [{"match": "fc.*", "momentum": 0}]},
+            "group1",
+        ),
+    ],
+    ids=str,
+)
+def test_magma_without_a_momentum_is_refused(section, group):
+    with pytest.raises(UserError, match=rf"^lr_dropout\.kind: .*momentum.* group {group}$"):
+        build(optimizer=section, lr_dropout={"kind": "magma"})
+
+
 def test_the_masks_have_the_recipes_seed_unless_they_have_their_own():
     (group,) = build(lr_dropout={}, seed=5).param_groups
     assert group["mask_seed"] == 5
@@ -124,6 +201,7 @@ REFUSED = [
     ({"name": "Lion"}, "optimizer.name: is 'Lion', may be SGD, "),
     ({"name": "LBFGS"}, "optimizer.name: LBFGS cannot be used"),
     ({"name": "SparseAdam"}, "optimizer.name: SparseAdam cannot be used"),
+    ({"name": "Muon"}, "optimizer.name: Muon cannot be used here: it takes matrices only"),
     (
         {"name": "SGD", "momentun": 0.9},
         "optimizer.momentun: SGD has no such argument; it has .*momentum",

@@ -46,8 +46,10 @@ CASES = {
         "schedule.name=MultiStepLR",
         "schedule.milestones=[1]",
     ],
-    "NAdam, ExponentialLR": [
+    "NAdam with Magma, groups, ExponentialLR": [
+        GROUPS,
         "optimizer.name=NAdam",
+        "lr_dropout.kind=magma",
         "schedule.name=ExponentialLR",
         "schedule.gamma=0.9",
     ],

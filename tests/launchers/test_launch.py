@@ -70,7 +70,7 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this host 
             1,
             "gpu.yaml",
             "seed=1",
-            "the launch file asks for GPUs, but this host has no CUDA device that torch can use",
+            "accelerate launch asks for GPUs, as it does where neither a launch file",
             marks=needs_no_cuda,
         ),
     ],

@@ -186,6 +186,20 @@ def test_any_other_keep_prob_is_refused(tmp_path, keep_prob):
         ("data: {dataset: mnist}", "data.dataset", "'digits'"),
         ("model: resnet18", "model", "'resnet18'"),
         ("lr_dropout: 0.5", "lr_dropout", "0.5"),
+        ("lr_dropout: {kind: mgma}", "lr_dropout.kind", "'magma'"),
+        ("lr_dropout: {tau: 2}", "lr_dropout.tau", "kind dropout does not have"),
+        ("lr_dropout: {score_start: 0}", "lr_dropout.score_start", "kind dropout"),
+        *(
+            (f"lr_dropout: {{kind: magma, {key}: {value}}}", f"lr_dropout.{key}", message)
+            for key, value, message in (
+                ("granularity", "element", "kind magma does not have; it has tau, score_start"),
+                ("rescale", "false", "kind magma"),
+                ("masks", "update", "kind magma"),
+                ("tau", "0", "greater than 0"),
+                ("score_start", "1.5", "less than or equal to 1"),
+                ("keep_prob", "1", "less than 1"),
+            )
+        ),
         ("optimizer: {betas: [0.9]}", "optimizer.betas.1", "missing"),
         ("optimizer: {groups: [{lr: 1}]}", "optimizer.groups.0.match", "missing"),
         ("optimizer: {groups: [{match: 3}]}", "optimizer.groups.0.match", "a list of patterns"),
@@ -299,7 +313,10 @@ def test_a_recipe_that_does_not_exist_is_refused_in_one_line(tmp_path, name):
     assert line.startswith(f"{tmp_path / name}: ")
 
 
-@pytest.mark.parametrize("text", ["", FULL], ids=["defaults", "full"])
+MAGMA = "lr_dropout: {kind: magma, keep_prob: 0.25, score_start: 1}"
+
+
+@pytest.mark.parametrize("text", ["", FULL, MAGMA], ids=["defaults", "full", "magma"])
 def test_a_dump_reads_back_as_the_same_recipe(tmp_path, text):
     recipe = load(tmp_path, text)
     again = recipes.parse(yaml.safe_load(recipe.dump()), "dump")
@@ -404,6 +421,7 @@ def test_where_and_how_long_does_not_affect_the_results(tmp_path, override):
         "lr_dropout.keep_prob=0.5",
         "lr_dropout.seed=3",
         "lr_dropout={keep_prob: 0.25, granularity: row, rescale: true}",
+        "lr_dropout={kind: magma, keep_prob: 0.25}",
         "schedule.gamma=0.5",
         "schedule.warmup_steps=6",
         "trainer.accumulation_steps=4",
@@ -422,6 +440,34 @@ def test_lr_dropout_is_a_difference_even_if_it_drops_nothing(tmp_path):
     without = load(tmp_path, "")
     with_dropout = load(tmp_path, "", "lr_dropout.keep_prob=1")
     assert without.result_settings() != with_dropout.result_settings()
+
+
+def test_a_kind_has_its_defaults_and_none_of_the_other_kinds(tmp_path):
+    dropout = load(tmp_path, "lr_dropout: {}").lr_dropout
+    assert dropout.arguments == {
+        "keep_prob": 0.5,
+        "granularity": "element",
+        "rescale": False,
+        "masks": "update",
+    }
+    magma = load(tmp_path, "lr_dropout: {kind: magma}").lr_dropout
+    assert magma.arguments == {"keep_prob": 0.5, "tau": 2.0}
+
+
+def test_the_kind_of_lr_dropout_is_compared_unless_it_is_the_one_of_earlier_versions(tmp_path):
+    for text in ("lr_dropout: {}", "lr_dropout: {kind: dropout}"):
+        assert "lr_dropout.kind" not in load(tmp_path, text).result_settings()
+
+    settings = load(tmp_path, "lr_dropout: {kind: magma}").result_settings()
+    given = load(tmp_path, "lr_dropout: {kind: magma, tau: 2}").result_settings()
+    assert given == settings
+    compared = {key: value for key, value in settings.items() if key.startswith("lr_dropout.")}
+    assert {key: value for key, value in compared.items() if value is not None} == {
+        "lr_dropout.kind": "magma",
+        "lr_dropout.keep_prob": 0.5,
+        "lr_dropout.seed": 0,
+        "lr_dropout.tau": 2.0,
+    }
 
 
 def test_the_compared_settings_are_those_of_the_checkpoints_of_earlier_versions(tmp_path):
@@ -479,6 +525,14 @@ def test_gradient_compression_is_compared_if_it_is_used(tmp_path, compression):
     )
 
 
+def test_shards_do_not_affect_the_results_and_exclude_compression(tmp_path):
+    settings = load(tmp_path, "").result_settings()
+    assert load(tmp_path, "", "trainer.sharding=full").result_settings() == settings
+    with pytest.raises(UserError, match=r"must be 'none' with trainer\.sharding=full") as caught:
+        load(tmp_path, "", "trainer.sharding=full", "trainer.gradient_compression=bf16")
+    assert "trainer.gradient_compression: is 'bf16'" in str(caught.value)
+
+
 def test_all_settings_but_the_folders_are_shared_by_the_ranks(tmp_path):
     recipe = load(tmp_path, FULL)
     keys = set()
@@ -515,3 +569,73 @@ def test_the_table_of_keys_in_the_documents_is_the_one_of_the_schema():
 def test_a_document_without_markers_is_refused():
     with pytest.raises(ValueError, match="keys: begin"):
         reference.insert_table("no markers")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimizer.lr=fast", "optimizer.lr=fast: optimizer.lr: is 'fast', should be"),
+        ("optimizer={lr: fast}", "optimizer={lr: fast}: optimizer.lr: is 'fast', should be"),
+        ("modle.width=3", "modle.width=3: modle: unknown key;"),
+        ("seed=-1", "seed=-1: seed: is -1, should be"),
+    ],
+)
+def test_an_error_in_an_override_names_the_override(tmp_path, override, line):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {width: 0}\n")
+    with pytest.raises(UserError) as caught:
+        recipes.load(path, [override])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert any(text.startswith(line) for text in lines)
+    assert any(text.startswith(f"{path}: model.width: is 0, should be") for text in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("schedule.name=steplr", "StepLR"),
+        ("trainer.precision=FP32", "fp32"),
+        ("data.dataset=cifar1O", "cifar10"),
+        ("trainer.epoch=3", "epochs"),
+    ],
+)
+def test_a_wrong_name_gets_a_suggestion(tmp_path, override, name):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("")
+    with pytest.raises(UserError, match=rf"did you mean {name}\?"):
+        recipes.load(path, [override])
+
+
+def test_the_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run_dir: ~/x\ndata: {root: ~/img}\n")
+    recipe = recipes.load(path)
+    assert recipe.run_dir == str(tmp_path / "x")
+    assert recipe.data.root == str(tmp_path / "img")
+    with pytest.raises(UserError, match="run_dir: is '~nobody-here/x'"):
+        recipes.load(path, ["run_dir=~nobody-here/x"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: &x [*x]\n",
+        "optimizer: &x {groups: [*x]}\n",
+        "optimizer:\n  k: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + "".join(
+            f"  k{i}: &{'abcdefg'[i]} [{','.join(['*' + 'abcdefg'[i - 1]] * 10)}]\n"
+            for i in range(1, 7)
+        ),
+        "seed: " + "[" * 2000 + "]" * 2000,
+    ],
+    ids=["list in itself", "section in itself", "alias bomb", "deep"],
+)
+def test_yaml_without_end_is_one_short_line(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        recipes.load(path)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)

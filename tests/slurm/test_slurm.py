@@ -343,4 +343,4 @@ def test_if_a_job_has_gpus_the_launch_file_for_gpus_is_taken(
     """The nodes have GPUs for SLURM, but none for torch."""
     job = Job(cluster, tmp_path, ["--gpus-per-node", "2"], STEPS)
     job.wait_for_end("FAILED")
-    assert "lrd: the launch file asks for GPUs, but this host has no CUDA device" in job.log
+    assert "lrd: accelerate launch asks for GPUs, as it does where neither a launch file" in job.log
