@@ -31,6 +31,8 @@ from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
 
+USAGE = "usage: python -m lrd.train RECIPE.yaml [section.key=value ...]"
+
 
 def train(job: Job, signals: StopSignals) -> int:
     """Train until the last step or until a signal asks to stop.
@@ -377,8 +379,11 @@ def describe_lost_rank(job: Job | None, error: RuntimeError, missing: str) -> st
 def main(arguments: list[str] | None = None) -> None:
     """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("-h", "--help"):
+        console.info(USAGE)
+        sys.exit(EXIT_OK)
     if not arguments or arguments[0].startswith("-"):
-        console.error("usage: python -m lrd.train RECIPE.yaml [section.key=value ...]")
+        console.error(USAGE)
         sys.exit(UserError.status)
 
     try:

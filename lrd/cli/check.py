@@ -42,8 +42,8 @@ def check(recipe_path: str, overrides: list[str]) -> None:
 
     try:
         dataset = datasets.load_dataset(recipe.data, recipe.seed)
-        job = setup._build_job(recipe, accelerator, dataset, calls)
-        setup._wrap_model(job)
+        job = setup.build_job(recipe, accelerator, dataset, calls)
+        setup.wrap_model(job)
         losses, step_seconds = run_steps(job)
         eval_seconds = run_evaluation_batch(job)
     except (RuntimeError, MemoryError) as error:

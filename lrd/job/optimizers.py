@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,8 +113,7 @@ def _optimizer_class(name: str) -> type[Any]:
     if name in UNSUPPORTED:
         raise UserError(f"optimizer.name: {name} cannot be used here: {UNSUPPORTED[name]}")
     if name not in NAMES:
-        matches = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        hint = f" (did you mean {matches[0]}?)" if matches else ""
+        hint = _did_you_mean(name, NAMES)
         raise UserError(f"optimizer.name: is {name!r}, may be {', '.join(NAMES)}{hint}")
 
     cls: type[Any] = getattr(torch.optim, name)
@@ -132,12 +132,20 @@ def _check_arguments(key: str, cls: type[Any], arguments: dict[str, Any]) -> Non
         name for name in inspect.signature(cls).parameters if name not in ("self", "params")
     ]
     lines = [
-        f"{key}.{name}: {cls.__name__} has no such argument; it has {', '.join(accepted)}"
+        f"{key}.{name}: {cls.__name__} has no such argument{_did_you_mean(name, accepted)}; "
+        f"it has {', '.join(accepted)}"
         for name in arguments
         if name not in accepted
     ]
     if lines:
         raise UserError("\n".join(lines))
+
+
+def _did_you_mean(name: str, known_names: Sequence[str]) -> str:
+    """The known name that is closest to a wrong one, as the end of a message; else nothing."""
+    by_lower_case = {known.lower(): known for known in known_names}
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
 
 
 def _build_groups(

@@ -131,10 +131,16 @@ class Progress:
         if section is None:
             return "1, no learning rate dropout"
 
+        keep_prob = f"{section.keep_prob}"
+        if section.kind == "magma":
+            return f"{keep_prob}, Magma"
+        if not self.num_steps:
+            return keep_prob
+
         dropout = get_lr_dropout(self.job.raw_optimizer)
         if dropout is not None and dropout.is_fused:
-            return f"{section.keep_prob}, masked in one pass"
-        return f"{section.keep_prob}, dropped elements restored after each step"
+            return f"{keep_prob}, masked in one pass"
+        return f"{keep_prob}, dropped elements restored after each step"
 
     def _describe_time(self) -> list[tuple[str, str]]:
         rows = []

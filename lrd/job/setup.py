@@ -56,9 +56,7 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     dataset = communication.local_main_process_first(
         accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
     )
-    job = communication.run_on_all_ranks(
-        lambda: _build_job(recipe, accelerator, dataset, roll_call)
-    )
+    job = communication.run_on_all_ranks(lambda: build_job(recipe, accelerator, dataset, roll_call))
     communication.require_equal_on_all_ranks(
         {"data.fingerprint": job.result_settings["data.fingerprint"]}
     )
@@ -67,7 +65,7 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     communication.run_on_main_process(lambda: _lock_run_dir(job))
     _resume(job)
 
-    _wrap_model(job)
+    wrap_model(job)
     communication.run_on_main_process(lambda: _open_outputs(job))
     return job
 
@@ -85,7 +83,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _build_job(
+def build_job(
     recipe: recipes.Recipe,
     accelerator: Accelerator,
     dataset: datasets.Dataset,
@@ -144,7 +142,7 @@ def _build_job(
         dataset=dataset,
         batches=batches,
         raw_model=model,
-        ddp_model=model,  # until `_wrap_model`
+        ddp_model=model,  # until `wrap_model`
         raw_optimizer=optimizer,
         accelerated_optimizer=AcceleratedOptimizer(optimizer),
         schedule=schedule,
@@ -190,7 +188,7 @@ def _load(job: Job, path: Path, files: dict[str, bytes]) -> None:
     job.load_train_state(state, path)
 
 
-def _wrap_model(job: Job) -> None:
+def wrap_model(job: Job) -> None:
     """Put the network under DDP, where there are several ranks, and compile it, where asked for.
 
     A sharded network needs no DDP.

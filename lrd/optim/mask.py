@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -316,26 +315,18 @@ def _fill_keep_words(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) ->
         places = np.concatenate([np.arange(starts[number], stops[number]) for number in numbers])
         block_words[places] = drawn
 
-    # The others one after the other, in chunks that threads share.
-    chunks = []
+    # The others one after the other. Threads of Python would not help: they find the cores taken by
+    # torch's, which stay awake while they wait for work.
     is_drawn = set(few)
     for number, blocks in enumerate(all_blocks):
         if number in is_drawn:
             continue
+
         for first in range(0, blocks.n_blocks, _CHUNK):
             n_blocks = min(_CHUNK, blocks.n_blocks - first)
             chunk = replace(blocks, first_block=blocks.first_block + first, n_blocks=n_blocks)
             start = starts[number] + first
-            chunks.append((chunk, words[start * 4 : (start + n_blocks) * 4]))
-
-    n_threads = min(torch.get_num_threads(), len(chunks) // 2)
-    if n_threads < 2:
-        for chunk, chunk_words in chunks:
-            _draw_chunk(chunk, chunk_words)
-    else:
-        # NumPy draws without Python's lock.
-        with ThreadPoolExecutor(n_threads) as executor:
-            list(executor.map(lambda arguments: _draw_chunk(*arguments), chunks))
+            _draw_chunk(chunk, words[start * 4 : (start + n_blocks) * 4])
 
 
 def _draw_chunk(blocks: Blocks, words: NDArray[np.uint64]) -> None:

@@ -61,7 +61,7 @@ def select(new: Tensor, old: Tensor, keep: Tensor) -> None:
     """Set ``new`` to ``where(keep, new, old)`` in place.
 
     On a CPU ``torch.where`` takes one branch an element, mispredicted half the time: 73 ms for
-    ResNet-34 on one thread where AND and XOR on the bits take 15.
+    ResNet-34 on one thread where arithmetic on the bits takes less than 20.
 
     Args:
         new: the values after a step; its dropped elements are overwritten.
@@ -73,12 +73,12 @@ def select(new: Tensor, old: Tensor, keep: Tensor) -> None:
         torch.where(keep, new, old, out=new)
         return
 
+    # Integers wrap around, so this gives the bits of one or the other, whatever they are.
     new_bits = as_integers(new)
     old_bits = as_integers(old)
     for chunk in _chunks(new_bits.shape[0], row_size=new_bits[0].numel()):
-        changed = torch.bitwise_xor(new_bits[chunk], old_bits[chunk])
-        kept_bits = torch.empty_like(changed).copy_(keep[chunk]).neg_()  # all ones where kept
-        torch.bitwise_xor(old_bits[chunk], changed.bitwise_and_(kept_bits), out=new_bits[chunk])
+        old_chunk = old_bits[chunk]
+        new_bits[chunk].sub_(old_chunk).mul_(keep[chunk]).add_(old_chunk)
 
 
 def _chunks(n_rows: int, row_size: int) -> Iterator[slice]:

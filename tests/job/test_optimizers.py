@@ -204,7 +204,7 @@ REFUSED = [
     ({"name": "Muon"}, "optimizer.name: Muon cannot be used here: it takes matrices only"),
     (
         {"name": "SGD", "momentun": 0.9},
-        "optimizer.momentun: SGD has no such argument; it has .*momentum",
+        "optimizer.momentun: SGD has no such argument .did you mean momentum..; it has .*momentum",
     ),
     ({"name": "SGD", "betas": [0.9, 0.99]}, "optimizer.betas: SGD"),
     ({"name": "Adam", "momentum": 0.9}, "optimizer.momentum: Adam"),

@@ -387,9 +387,7 @@ def few_and_many_draws() -> list[mask.Draw]:
     return draws
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_masks_drawn_together_are_those_drawn_alone(threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_masks_drawn_together_are_those_drawn_alone():
     draws = few_and_many_draws()
     for item, drawn in zip(draws, mask.draw_many(draws), strict=True):
         assert drawn.dtype is torch.bool

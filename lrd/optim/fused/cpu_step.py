@@ -181,8 +181,13 @@ class Table:
         if numbers == self._tensor_numbers.get(name):
             return
 
-        values = np.array(numbers)
-        self._set(name, values if self._has_a_record_each else values.repeat(self._n_runs))
+        if len(numbers) != len(self._parts):
+            raise ValueError(f"{len(numbers)} numbers for a table of {len(self._parts)} tensors")
+
+        if numbers.count(numbers[0]) == len(numbers):  # as usual
+            self._set(name, numbers[0])
+        else:
+            self._set(name, np.array(numbers).repeat(self._n_runs))
         self._tensor_numbers[name] = numbers
 
     def run(self, addresses: Sequence[Sequence[int]]) -> None:

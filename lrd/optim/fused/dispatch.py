@@ -521,8 +521,9 @@ def _adam_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
     table = _table_on_cpu(optimizer, torch.optim.Adam, updates)
 
     states = [_adam_state(optimizer, update) for update in updates]
-    torch._foreach_add_([state["step"] for state in states], 1)
-    steps = [state["step"].item() for state in states]
+    step_tensors = [state["step"] for state in states]
+    torch._foreach_add_(step_tensors, 1)
+    steps = [step.item() for step in step_tensors]
 
     bias_corrections2_sqrt = []
     minus_step_sizes = []
@@ -532,9 +533,13 @@ def _adam_on_cpu(optimizer: Optimizer, updates: list[Update]) -> None:
         beta1, beta2 = group["betas"]
 
         # In float64, as torch computes them; the table rounds to float32.
-        for step in steps[first:stop]:
-            bias_corrections2_sqrt.append((1 - beta2**step) ** 0.5)
-            minus_step_sizes.append(-(lr / (1 - beta1**step)))
+        for number in range(first, stop):
+            step = steps[number]
+            if number == first or step != steps[number - 1]:
+                bias_correction2_sqrt = (1 - beta2**step) ** 0.5
+                minus_step_size = -(lr / (1 - beta1**step))
+            bias_corrections2_sqrt.append(bias_correction2_sqrt)
+            minus_step_sizes.append(minus_step_size)
 
     table.set_tensor_numbers("bias_correction2_sqrt", bias_corrections2_sqrt)
     table.set_tensor_numbers("minus_step_size", minus_step_sizes)
