@@ -1,4 +1,9 @@
-"""Errors that a user can fix, and the exit statuses of a run."""
+"""Errors that a user can fix, the exit statuses of a run, and the line that a warning names."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
 
 EXIT_OK = 0
 EXIT_RUN_ERROR = 1
@@ -41,3 +46,23 @@ def describe_os_error(error: OSError) -> str:
     """An error of the operating system in one line, with the file if the error names one."""
     reason = first_line(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def stacklevel_of_user() -> int:
+    """The ``stacklevel`` with which the caller's warning names the user's line.
+
+    It is the first line outside of lrd and torch: torch's code calls the step hooks.
+    """
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _top_package(frame) in ("lrd", "torch"):
+        frame = frame.f_back
+        level += 1
+
+    return level
+
+
+def _top_package(frame: FrameType) -> str:
+    """The package of a frame's module: "torch" for torch.optim.sgd."""
+    module_name: str = frame.f_globals.get("__name__", "")
+    return module_name.partition(".")[0]

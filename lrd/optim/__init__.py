@@ -10,6 +10,9 @@ This package needs torch and NumPy alone and knows nothing of recipes. Its modul
 - ``dropout``: ``LRDropout``, which attaches to any ``torch.optim.Optimizer``
 - ``magma``: ``Magma``, the sibling that also scales updates
 - ``classes``: torch's optimizers with ``LRDropout`` attached, as drop-in classes
+- ``attachment``: which optimizers ``LRDropout`` attaches to, and which it refuses
+- ``placement``: where the elements of a shard lie in the whole parameter
+- ``step_watch``: warnings of equal masks, and of steps that no mask sees
 - ``group_settings``: the mask settings of a parameter group
 - ``mask_targets``: what can be masked: the update, or a control to compare it with
 - ``last_update``: which elements the latest update kept

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lrd.errors import stacklevel_of_user
 from lrd.optim import (
     attachment,
     group_settings,
     last_update,
     mask,
-    mask_targets,
     placement,
     tensor_bits,
 )
@@ -207,7 +207,7 @@ class LRDropout:
             warnings.warn(
                 f"LRDropout is attached to the {type(optimizer).__name__} inside the "
                 f"{type(given).__name__}",
-                stacklevel=mask_targets.stacklevel_of_user(),
+                stacklevel=stacklevel_of_user(),
             )
 
     def remove(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from lrd.errors import stacklevel_of_user
 
 MASK_TARGETS = ("update", "gradient", "momentum_buffer")
 
@@ -41,23 +41,3 @@ def check_target(optimizer: Optimizer, group: dict[str, Any], masks: str) -> Non
                 f"{MOMENTUM_BUFFER_WARNING}; "
                 "it needs torch.optim.SGD with momentum and without Nesterov"
             )
-
-
-def stacklevel_of_user() -> int:
-    """The ``stacklevel`` with which the caller's warning names the user's line.
-
-    It is the first line outside of lrd and torch: torch's code calls the step hooks.
-    """
-    level = 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _top_package(frame) in ("lrd", "torch"):
-        frame = frame.f_back
-        level += 1
-
-    return level
-
-
-def _top_package(frame: FrameType) -> str:
-    """The package of a frame's module: "torch" for torch.optim.sgd."""
-    module_name: str = frame.f_globals.get("__name__", "")
-    return module_name.partition(".")[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lrd.optim import mask_targets
+from lrd.errors import stacklevel_of_user
 from lrd.optim.last_update import GroupUpdate
 
 # Steps in turn with equal masks after which it is no coincidence.
@@ -115,7 +115,7 @@ def warn_of_unseen_steps(optimizer: Optimizer) -> None:
 def _warn_once(message: str) -> None:
     if message not in _warnings_given:
         _warnings_given.add(message)
-        warnings.warn(message, stacklevel=mask_targets.stacklevel_of_user())
+        warnings.warn(message, stacklevel=stacklevel_of_user())
 
 
 def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:

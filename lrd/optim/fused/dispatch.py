@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from lrd.errors import first_line
-from lrd.optim import group_settings, mask, mask_targets, placement
+from lrd.errors import first_line, stacklevel_of_user
+from lrd.optim import group_settings, mask, placement
 from lrd.optim.fused import loading, selftest
 from lrd.optim.placement import Placement
 
@@ -439,7 +439,7 @@ def matches_torch(optimizer_class: Any, device: torch.device) -> bool:
     warnings.warn(
         f"the one-pass masked step does not work on {device} ({reason}); "
         "training goes on without it, more slowly",
-        stacklevel=mask_targets.stacklevel_of_user(),
+        stacklevel=stacklevel_of_user(),
     )
     return False
 

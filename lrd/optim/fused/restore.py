@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lrd import philox
-from lrd.errors import first_line
-from lrd.optim import mask, mask_targets, tensor_bits
+from lrd.errors import first_line, stacklevel_of_user
+from lrd.optim import mask, tensor_bits
 from lrd.optim.fused import loading
 from lrd.optim.mask import Blocks, Draw
 from lrd.optim.placement import Placement
@@ -337,7 +337,7 @@ def matches_masks() -> bool:
     warnings.warn(
         f"the compiled masks do not work on the CPU ({reason}); "
         "training goes on without them, more slowly",
-        stacklevel=mask_targets.stacklevel_of_user(),
+        stacklevel=stacklevel_of_user(),
     )
     return False
 
