@@ -16,7 +16,7 @@ test: $(VENV)/installed
 FAST_TESTS := tests/recipe tests/data tests/tracking tests/distributed/test_communication.py \
 	tests/distributed/test_network.py tests/distributed/test_replica_check.py \
 	tests/checkpoint/test_store.py tests/checkpoint/test_async_writer.py \
-	tests/job/test_models.py tests/job/test_schedules.py tests/job/test_optimizers.py \
+	tests/parts/test_models.py tests/parts/test_schedules.py tests/parts/test_optimizers.py \
 	tests/optim/test_mask.py tests/optim/test_dropout.py tests/optim/test_magma.py \
 	tests/optim/test_classes.py tests/optim/test_references.py tests/docs
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lrd import console, recipe
 from lrd.distributed import accelerator, communication
 from lrd.distributed.roll_call import RollCall
-from lrd.job.models import residual_blocks
+from lrd.parts.models import residual_blocks
 from lrd.job.setup import set_up
 from lrd.job.state import Job
 from lrd.optim import placement

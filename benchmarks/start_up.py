@@ -48,7 +48,7 @@ COMMANDS = {
 BARE_SCRIPT = """
 import time, torch
 from accelerate import Accelerator
-from lrd.job.models import ResNet
+from lrd.parts.models import ResNet
 
 accelerator = Accelerator(cpu=True)
 network = ResNet()

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors", "philox", "console", "torchvision_compat"},
     {"optim"},
     {"recipe"},
-    {"data", "distributed", "tracking"},
+    {"data", "distributed", "parts", "tracking"},
     {"checkpoint", "doctor"},
     {"job"},
     {"train"},
@@ -92,7 +92,7 @@ def test_a_module_without_a_floor_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_imports_are_seen() -> None:
-    assert "lrd.errors" in imported_modules("lrd.job.schedules")
+    assert "lrd.errors" in imported_modules("lrd.parts.schedules")
     assert "lrd.train" in imported_modules("lrd.cli.app")
     assert "accelerate" in imported_names("lrd.distributed.accelerator")
     assert len(MODULES) > 50

@@ -10,7 +10,7 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.data import datasets
 from lrd.errors import UserError
-from lrd.job.schedules import lr_trajectory
+from lrd.parts.schedules import lr_trajectory
 from lrd.tracking.event_file import read_scalars
 
 if TYPE_CHECKING:

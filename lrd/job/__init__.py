@@ -4,10 +4,9 @@
 | --- | --- |
 | `state` | `Job`: all parts of the job, and the state that a checkpoint carries |
 | `setup` | recipe -> `Job`, on all ranks together |
-| `models`, `optimizers`, `schedules` | recipe -> network, optimizer, lr schedule |
 | `sharding` | parameters and optimizer state in shards (FSDP2) |
-| `sync_batchnorm` | batch normalization over all ranks on a CPU |
-| `evaluation` | the test set over all ranks |
+| `evaluation` | accuracy and loss over all ranks |
+| `ema` | moving averages of the weights |
 | `nonfinite` | losses and gradients that are not finite |
 | `progress` | what a run shows while it goes |
 | `profiler` | torch's profiler over a few steps |

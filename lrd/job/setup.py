@@ -25,11 +25,11 @@ from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
-from lrd.job.models import build_model, residual_blocks
-from lrd.job.optimizers import build_optimizer
-from lrd.job.schedules import Schedule, depends_on_length, total_steps
+from lrd.parts.models import build_model, residual_blocks
+from lrd.parts.optimizers import build_optimizer
+from lrd.parts.schedules import Schedule, depends_on_length, total_steps
 from lrd.job.state import Job
-from lrd.job.sync_batchnorm import convert_sync_batchnorm
+from lrd.parts.sync_batchnorm import convert_sync_batchnorm
 from lrd.tracking.tracker import Tracker, tags_recorded_at
 
 

@@ -23,7 +23,7 @@ from lrd.data.datasets import Dataset
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
-from lrd.job.schedules import Schedule
+from lrd.parts.schedules import Schedule
 from lrd.tracking.tracker import Tracker
 
 

@@ -217,25 +217,37 @@ def _location(fault: ErrorDetails) -> list[str]:
     location = [str(part) for part in fault["loc"]]
 
     # In a schedule pydantic puts the scheduler's name between the section and the key.
+    if len(location) > 4 and location[:1] + location[2:3] == ["schedule", "schedules"]:
+        location.pop(4)
     if len(location) > 1 and location[0] == "schedule":
         location.pop(1)
+    if fault["type"] == "unknown_key":
+        location.append(str(fault["ctx"]["key"]))
     return location
+
+
+def _scheduler_of(fault: ErrorDetails) -> str | None:
+    """The scheduler whose arguments a fault is about."""
+    location = [str(part) for part in fault["loc"]]
+    if len(location) > 4 and location[:1] + location[2:3] == ["schedule", "schedules"]:
+        return location[4]
+    if len(location) > 1 and location[0] == "schedule":
+        return location[1]
+    return None
 
 
 def _explain(fault: ErrorDetails) -> str:
     """One fault in one line: the key, its value, and what it may be."""
     location = _location(fault)
-    scheduler = None
-    if len(fault["loc"]) > 1 and fault["loc"][0] == "schedule":
-        scheduler = str(fault["loc"][1])
-
     key = ".".join(location)
     value = fault["input"]
 
-    if fault["type"] == "extra_forbidden":
-        return _explain_unknown_key(location, scheduler)
+    if fault["type"] in ("extra_forbidden", "unknown_key"):
+        return _explain_unknown_key(location, _scheduler_of(fault))
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return _explain_unknown_scheduler(value["name"])
+        return _explain_unknown_scheduler(key, value)
+    if fault["type"] == "needs":
+        return f"{key}: {fault['msg']}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
         return f"{key}: is {_show(value)}, {message}" if location else message
@@ -273,9 +285,14 @@ def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
     return f"{key}: unknown key; {owner} has {', '.join(known)}{hint}"
 
 
-def _explain_unknown_scheduler(name: Any) -> str:
+def _explain_unknown_scheduler(key: str, value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"{key}: is {_show(value)}, should be a section of keys and values"
+
+    name = value.get("name")
     hint = _did_you_mean(str(name), SCHEDULES, cutoff=0.5)
-    return f"schedule.name: is {name!r}, may be {', '.join(SCHEDULES)}{hint}"
+    names = ", ".join(SCHEDULES)
+    return f"{key}.name: is {_show(name)}, may be {names}, or an own one as module:class{hint}"
 
 
 def _did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lrd.recipe.schema import (
+    OWN_SCHEDULE,
     SCHEDULES,
     Optimizer,
     OptimizerGroup,
@@ -80,7 +81,7 @@ def _section_rows(section: type[Section], prefix: str) -> list[str]:
 
 def _schedule_rows() -> list[str]:
     """The keys that all schedules have, then those of each scheduler."""
-    names = ", ".join(f"`{name}`" for name in SCHEDULES)
+    names = ", ".join(f"`{name}`" for name in [*SCHEDULES, OWN_SCHEDULE])
     name_field = ScheduleSection.model_fields["name"]
     rows = [_cells("`schedule.name`", names, "`constant`", "•", name_field.description)]
     rows += [
@@ -116,7 +117,8 @@ def _values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if kind is Annotated:
         return _values(arguments[0], [*arguments[1:], *metadata])
     if kind in (Union, UnionType):
-        return " or ".join(_values(argument, metadata) for argument in arguments)
+        # Once each: a list of schedules may contain the sections of many schedulers.
+        return " or ".join(dict.fromkeys(_values(argument, metadata) for argument in arguments))
     if kind is Literal:
         return ", ".join(_code(argument) for argument in arguments)
     if kind is list:
@@ -125,6 +127,10 @@ def _values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"list of {len(arguments)}: {_values(arguments[0])}"
     if issubclass(annotation, Section):
         return "sections"
+
+    described = [item for item in metadata if isinstance(item, str)]
+    if annotation is str and described:  # the values themselves
+        return described[0]
     return " ".join([_TYPES[annotation], *_bounds(metadata)])
 
 

@@ -5,6 +5,7 @@ A recipe describes what is trained, never where: it contains no world size and n
 
 from __future__ import annotations
 
+import re
 from inspect import isclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,12 +15,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from lrd.optim.mask import Granularity
 
@@ -65,8 +69,16 @@ def get_mark(field: FieldInfo, mark: str) -> Any:
 
 def section_types(field: FieldInfo) -> list[type[Section]]:
     """The sections that a field can hold: none, one, or one for each scheduler."""
-    candidates = [field.annotation, *get_args(field.annotation)]
+    candidates = [field.annotation]
+    for item in get_args(field.annotation):
+        # A scheduler's section is annotated with its tag.
+        candidates += [item, *get_args(item)]
     return [item for item in candidates if isclass(item) and issubclass(item, Section)]
+
+
+def is_own(name: str) -> bool:
+    """Whether a name has the form of an own part, `module:attribute`; see `lrd.recipe.named`."""
+    return ":" in name
 
 
 # Types of values
@@ -100,6 +112,18 @@ def _parse_numbers(value: Any) -> Any:
         return float(value)
     except ValueError:
         return value
+
+
+_SCIENTIFIC_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _parse_scientific_numbers(value: Any) -> Any:
+    """Turn text such as `1e-3` into a number, also within lists, and leave other text as it is."""
+    if isinstance(value, list):
+        return [_parse_scientific_numbers(item) for item in value]
+    if isinstance(value, str) and _SCIENTIFIC_NUMBER.fullmatch(value):
+        return float(value)
+    return value
 
 
 def _check_patterns(value: Any) -> Any:
@@ -140,9 +164,9 @@ class Section(BaseModel):
 
 
 class OpenSection(Section):
-    """A section whose further keys are arguments of the torch class that it names.
+    """A section whose further keys are arguments of the class or function that it names.
 
-    They are checked against the signature of that class when it is built.
+    They are checked against its signature when it is built.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -159,12 +183,78 @@ class OpenSection(Section):
         return dict(self.model_extra or {})
 
 
-class Data(Section):
-    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder", "synthetic"] = setting(
+class PartSection(Section):
+    """A section whose further keys are arguments of the own part that it names, if it names one.
+
+    With a built-in part an unknown key is an error.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @property
+    def part(self) -> str:
+        """The name of the part."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_further_keys(self) -> PartSection:
+        extra = self.model_extra or {}
+        if extra and not is_own(self.part):
+            raise PydanticCustomError("unknown_key", "unknown key", {"key": next(iter(extra))})
+        self.__pydantic_extra__ = {
+            key: _parse_scientific_numbers(value) for key, value in extra.items()
+        }
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
+def _check_choice(name: str, choices: tuple[str, ...]) -> str:
+    """Refuse a name that is neither among the choices nor an own part.
+
+    The error is pydantic's for a `Literal`, so that the message lists the choices.
+    """
+    if name not in choices and not is_own(name):
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise PydanticCustomError(
+            "literal_error",
+            "Input should be {expected}, or an own part as module:attribute",
+            {"expected": expected},
+        )
+    return name
+
+
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder", "synthetic")
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
+LOSSES = ("cross_entropy",)
+
+DatasetName = Annotated[
+    str,
+    AfterValidator(lambda name: _check_choice(name, DATASETS)),
+    "`digits`, `cifar10`, `cifar100`, `imagefolder`, `synthetic`, `module:function`",
+]
+ArchName = Annotated[
+    str,
+    AfterValidator(lambda name: _check_choice(name, ARCHITECTURES)),
+    "`resnet18`, `resnet34`, `resnet50`, `torchvision:NAME`, `timm:NAME`, `module:function`",
+]
+LossName = Annotated[
+    str,
+    AfterValidator(lambda name: _check_choice(name, LOSSES)),
+    "`cross_entropy`, `module:function`",
+]
+
+
+class Data(PartSection):
+    dataset: DatasetName = setting(
         "digits",
         "the images: `digits` (scikit-learn's, 8x8, no download), `cifar10` and `cifar100` "
         "(downloaded into `root`), `imagefolder` (`root/train/<class>/*`, `root/test/<class>/*`), "
-        "`synthetic` (noise, for speed tests)",
+        "`synthetic` (noise, for speed tests), or a function of your own, whose arguments are "
+        "further keys of this section ([Your own parts](parts.md))",
         affects_results=True,
     )
     root: str = setting(
@@ -211,19 +301,33 @@ class Data(Section):
         affects_results=True,
         gt=0,
     )
+    validation: Float = setting(
+        0.0,
+        "part of the training images that is held out, drawn from `seed`; with it, `best` and "
+        "ReduceLROnPlateau go by the held-out images, without it by the test images",
+        affects_results=True,
+        ge=0.0,
+        lt=1.0,
+    )
+
+    @property
+    def part(self) -> str:
+        return self.dataset
 
 
-class Model(Section):
-    arch: Literal["resnet18", "resnet34", "resnet50"] = setting(
+class Model(PartSection):
+    arch: ArchName = setting(
         "resnet34",
-        "the network; its first layer is a 3x3 convolution, as is usual for small images (the "
-        "CIFAR stem)",
+        "the network: a ResNet whose first layer is a 3x3 convolution, as is usual for small "
+        "images (the CIFAR stem); or a network of torchvision, timm or your own, whose arguments "
+        "are further keys of this section ([Your own parts](parts.md))",
         affects_results=True,
     )
-    width: Int = setting(
-        64,
+    width: Int | None = setting(
+        None,
         "channels of the first layer; narrow networks are for small machines",
         affects_results=True,
+        default_means="64",
         gt=0,
     )
     num_classes: Int | None = setting(
@@ -238,6 +342,39 @@ class Model(Section):
         "BatchNorm's statistics over all ranks: torch's implementation on GPUs, `lrd`'s on CPUs",
         affects_results=True,
     )
+    weights: str | None = setting(
+        None,
+        "a `.safetensors` file with the weights to start from",
+        affects_results=True,
+        default_means="random weights, drawn from `seed`",
+        min_length=1,
+    )
+    reset: Patterns = setting(
+        [],
+        "shell-style patterns of weights that are not taken from the file `weights`, e.g. `fc.*`",
+        affects_results=True,
+        default_means="none",
+    )
+
+    @property
+    def part(self) -> str:
+        return self.arch
+
+    @property
+    def reset_patterns(self) -> list[str]:
+        return [self.reset] if isinstance(self.reset, str) else self.reset
+
+    @model_validator(mode="after")
+    def _fill_default_width(self) -> Model:
+        if self.width is None and not is_own(self.arch):
+            self.width = 64
+        return self
+
+    @model_validator(mode="after")
+    def _require_weights_for_reset(self) -> Model:
+        if self.reset and self.weights is None:
+            raise PydanticCustomError("needs", "reset needs the key weights")
+        return self
 
 
 class OptimizerGroup(OpenSection):
@@ -287,7 +424,8 @@ class Optimizer(OpenSection):
     name: str = setting(
         "SGD",
         "class of `torch.optim`: `SGD`, `Adam`, `AdamW`, `Adamax`, `NAdam`, `RAdam`, `Adagrad`, "
-        "`Adadelta`, `RMSprop`, `Rprop`, `ASGD`",
+        "`Adadelta`, `RMSprop`, `Rprop`, `ASGD`; or another one as `module:class`, e.g. "
+        "`timm.optim:Lamb` ([Your own parts](parts.md))",
         affects_results=True,
     )
     lr: Float = setting(
@@ -316,9 +454,9 @@ class Optimizer(OpenSection):
         default_means=TORCH_DEFAULT,
         ge=0.0,
     )
-    betas: tuple[Float, Float] | None = setting(
+    betas: list[Float] | None = setting(
         None,
-        "decay rates of the first and the second moment",
+        "decay rates of the moments",
         affects_results=True,
         default_means=TORCH_DEFAULT,
     )
@@ -328,6 +466,12 @@ class Optimizer(OpenSection):
         affects_results=True,
         default_means=TORCH_DEFAULT,
         ge=0.0,
+    )
+    decay_norms_and_biases: bool = setting(
+        True,
+        "`false`: no weight decay for biases, normalization layers and all other parameters with "
+        "fewer than two dimensions; they form groups named `..._no_decay`",
+        affects_results=True,
     )
     groups: list[OptimizerGroup] = setting(
         [],
@@ -478,6 +622,16 @@ def _gamma(default: Any = None) -> Any:
     )
 
 
+def _total_iters() -> Any:
+    return setting(
+        None,
+        "steps or epochs (see `unit`) until the last factor is reached",
+        affects_results=True,
+        default_means="the run's length",
+        gt=0,
+    )
+
+
 class ConstantSchedule(ScheduleSection):
     name: Literal["constant"] = _scheduler("constant")
 
@@ -533,10 +687,13 @@ class ReduceLROnPlateau(ScheduleSection):
         "what the schedule counts",
         affects_results=True,
     )
-    metric: Literal["test_loss", "test_accuracy"] = setting(
-        "test_loss",
+    metric: (
+        Literal["test_loss", "test_accuracy", "validation_loss", "validation_accuracy"] | None
+    ) = setting(
+        None,
         "the metric that decides about a reduction, after each evaluation",
         affects_results=True,
+        default_means="`validation_loss` with `data.validation`, else `test_loss`",
     )
     mode: Literal["min", "max"] | None = setting(
         None,
@@ -597,23 +754,272 @@ class ReduceLROnPlateau(ScheduleSection):
 
 class LambdaLR(ScheduleSection):
     name: Literal["LambdaLR"] = _scheduler("LambdaLR")
-    lr_lambda: str | None = setting(
+    lr_lambda: str | Annotated[list[str], Field(min_length=1)] | None = setting(
         None,
-        "factor of the lr as an arithmetic expression, see below",
+        "factor of the lr as an arithmetic expression, see below; or a list of expressions, one "
+        "for each parameter group",
         affects_results=True,
         default_means="1",
     )
 
 
+class LinearLR(ScheduleSection):
+    name: Literal["LinearLR"] = _scheduler("LinearLR")
+    start_factor: Float | None = setting(
+        None,
+        "factor of the lr at the beginning",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0.0,
+        le=1.0,
+    )
+    end_factor: Float | None = setting(
+        None,
+        "factor of the lr at the end",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+        le=1.0,
+    )
+    total_iters: Int | None = _total_iters()
+
+
+class ConstantLR(ScheduleSection):
+    name: Literal["ConstantLR"] = _scheduler("ConstantLR")
+    factor: Float | None = setting(
+        None,
+        "factor of the lr until `total_iters`; after it the factor is 1",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+        le=1.0,
+    )
+    total_iters: Int | None = setting(
+        None,
+        "steps or epochs (see `unit`) with the factor",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0,
+    )
+
+
+class PolynomialLR(ScheduleSection):
+    name: Literal["PolynomialLR"] = _scheduler("PolynomialLR")
+    total_iters: Int | None = _total_iters()
+    power: Float | None = setting(
+        None,
+        "exponent of the decay",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0.0,
+    )
+
+
+class CosineAnnealingWarmRestarts(ScheduleSection):
+    name: Literal["CosineAnnealingWarmRestarts"] = _scheduler("CosineAnnealingWarmRestarts")
+    T_0: Int = setting(
+        ...,
+        "steps or epochs (see `unit`) until the first restart",
+        affects_results=True,
+        gt=0,
+    )
+    T_mult: Int | None = setting(
+        None,
+        "each cycle is this many times as long as the one before",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0,
+    )
+    eta_min: Float | None = setting(
+        None,
+        "lowest lr",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+    )
+
+
+class OneCycleLR(ScheduleSection):
+    name: Literal["OneCycleLR"] = _scheduler("OneCycleLR")
+    max_lr: Float | list[Float] = setting(
+        ...,
+        "highest lr, or a list with that of each parameter group; `optimizer.lr` is not used",
+        affects_results=True,
+    )
+    total_steps: Int | None = setting(
+        None,
+        "steps or epochs (see `unit`) of the cycle",
+        affects_results=True,
+        default_means="the run's length",
+        gt=0,
+    )
+    pct_start: Float | None = setting(
+        None,
+        "part of the cycle in which the lr rises",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+        le=1.0,
+    )
+    anneal_strategy: Literal["cos", "linear"] | None = setting(
+        None,
+        "shape of the curve",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+    cycle_momentum: bool | None = setting(
+        None,
+        "whether the momentum falls while the lr rises, and the reverse",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+    base_momentum: Float | None = setting(
+        None,
+        "lowest momentum",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+        lt=1.0,
+    )
+    max_momentum: Float | None = setting(
+        None,
+        "highest momentum",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        ge=0.0,
+        lt=1.0,
+    )
+    div_factor: Float | None = setting(
+        None,
+        "the first lr is `max_lr / div_factor`",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0.0,
+    )
+    final_div_factor: Float | None = setting(
+        None,
+        "the last lr is the first one divided by this",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+        gt=0.0,
+    )
+    three_phase: bool | None = setting(
+        None,
+        "whether the lr returns to the first one before it falls to the last one",
+        affects_results=True,
+        default_means=TORCH_DEFAULT,
+    )
+
+
+class OwnSchedule(ScheduleSection):
+    """A subclass of torch's `LRScheduler` of the user's own; further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    name: str = setting(
+        ...,
+        "a subclass of torch's `LRScheduler` as `module:class` ([Your own parts](parts.md))",
+        affects_results=True,
+    )
+
+    @model_validator(mode="after")
+    def _parse_arguments(self) -> OwnSchedule:
+        extra = self.model_extra or {}
+        self.__pydantic_extra__ = {
+            key: _parse_scientific_numbers(value) for key, value in extra.items()
+        }
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+# What stands in a recipe for `OwnSchedule`, where the other schedules have torch's name.
+OWN_SCHEDULE = "module:class"
+
+
+def _schedule_tag(value: Any) -> str:
+    """By which `schedule.name` chooses among the sections."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    if isinstance(name, str) and is_own(name):
+        return OWN_SCHEDULE
+    return str(name)
+
+
+InnerSchedule = Annotated[
+    Annotated[ConstantSchedule, Tag("constant")]
+    | Annotated[StepLR, Tag("StepLR")]
+    | Annotated[MultiStepLR, Tag("MultiStepLR")]
+    | Annotated[ExponentialLR, Tag("ExponentialLR")]
+    | Annotated[CosineAnnealingLR, Tag("CosineAnnealingLR")]
+    | Annotated[CosineAnnealingWarmRestarts, Tag("CosineAnnealingWarmRestarts")]
+    | Annotated[PolynomialLR, Tag("PolynomialLR")]
+    | Annotated[LinearLR, Tag("LinearLR")]
+    | Annotated[ConstantLR, Tag("ConstantLR")]
+    | Annotated[LambdaLR, Tag("LambdaLR")]
+    | Annotated[OwnSchedule, Tag(OWN_SCHEDULE)],
+    Discriminator(_schedule_tag),
+]
+
+
+class SequentialLR(ScheduleSection):
+    name: Literal["SequentialLR"] = _scheduler("SequentialLR")
+    schedules: Annotated[list[InnerSchedule], Field(min_length=1)] = setting(
+        ...,
+        "schedules that follow each other, each with its `name` and arguments; `unit` and "
+        "`warmup_steps` stand beside this key and not in them",
+        affects_results=True,
+    )
+    milestones: list[Annotated[Int, Field(gt=0)]] = setting(
+        ...,
+        "steps or epochs (see `unit`) at which the next schedule begins",
+        affects_results=True,
+    )
+
+    @field_validator("schedules", mode="before")
+    @classmethod
+    def _refuse_keys_of_the_whole(cls, value: Any) -> Any:
+        for section in value if isinstance(value, list) else []:
+            if not isinstance(section, dict):
+                continue
+            # A resolved recipe lists their defaults; None of them is a wish.
+            for key, default in (("unit", "epoch"), ("warmup_steps", 0)):
+                if section.get(key, default) != default:
+                    raise ValueError(f"{key} stands beside schedules, not in one of them")
+        return value
+
+    @model_validator(mode="after")
+    def _check_number_of_milestones(self) -> SequentialLR:
+        if len(self.milestones) != len(self.schedules) - 1:
+            raise PydanticCustomError(
+                "needs",
+                "milestones has {milestones} values; {schedules} schedules need {needed}",
+                {
+                    "milestones": len(self.milestones),
+                    "schedules": len(self.schedules),
+                    "needed": len(self.schedules) - 1,
+                },
+            )
+        return self
+
+
 Schedule = Annotated[
-    ConstantSchedule
-    | StepLR
-    | MultiStepLR
-    | ExponentialLR
-    | CosineAnnealingLR
-    | ReduceLROnPlateau
-    | LambdaLR,
-    Field(discriminator="name"),
+    Annotated[ConstantSchedule, Tag("constant")]
+    | Annotated[StepLR, Tag("StepLR")]
+    | Annotated[MultiStepLR, Tag("MultiStepLR")]
+    | Annotated[ExponentialLR, Tag("ExponentialLR")]
+    | Annotated[CosineAnnealingLR, Tag("CosineAnnealingLR")]
+    | Annotated[CosineAnnealingWarmRestarts, Tag("CosineAnnealingWarmRestarts")]
+    | Annotated[OneCycleLR, Tag("OneCycleLR")]
+    | Annotated[PolynomialLR, Tag("PolynomialLR")]
+    | Annotated[LinearLR, Tag("LinearLR")]
+    | Annotated[ConstantLR, Tag("ConstantLR")]
+    | Annotated[ReduceLROnPlateau, Tag("ReduceLROnPlateau")]
+    | Annotated[LambdaLR, Tag("LambdaLR")]
+    | Annotated[SequentialLR, Tag("SequentialLR")]
+    | Annotated[OwnSchedule, Tag(OWN_SCHEDULE)],
+    Discriminator(_schedule_tag),
 ]
 SCHEDULES: dict[str, type[ScheduleSection]] = {
     "constant": ConstantSchedule,
@@ -621,8 +1027,14 @@ SCHEDULES: dict[str, type[ScheduleSection]] = {
     "MultiStepLR": MultiStepLR,
     "ExponentialLR": ExponentialLR,
     "CosineAnnealingLR": CosineAnnealingLR,
+    "CosineAnnealingWarmRestarts": CosineAnnealingWarmRestarts,
+    "OneCycleLR": OneCycleLR,
+    "PolynomialLR": PolynomialLR,
+    "LinearLR": LinearLR,
+    "ConstantLR": ConstantLR,
     "ReduceLROnPlateau": ReduceLROnPlateau,
     "LambdaLR": LambdaLR,
+    "SequentialLR": SequentialLR,
 }
 
 
@@ -653,6 +1065,28 @@ class Trainer(Section):
         "It must be the same on all ranks and after a resume; otherwise one line reports the "
         "difference and the run does not start",
         affects_results=True,
+    )
+    loss: LossName = setting(
+        "cross_entropy",
+        "the loss that is minimized: `cross_entropy`, or a function of your own of logits and "
+        "labels ([Your own parts](parts.md)); `test/loss` is always the cross-entropy",
+        affects_results=True,
+    )
+    label_smoothing: Float = setting(
+        0.0,
+        "`cross_entropy`: part of the target that is spread evenly over all classes",
+        affects_results=True,
+        ge=0.0,
+        lt=1.0,
+    )
+    ema_decay: Float | None = setting(
+        None,
+        "decay of a moving average of the weights after each step, e.g. `0.999`; the average is "
+        "evaluated beside the network, and `best` goes by it",
+        affects_results=True,
+        default_means="no average",
+        gt=0.0,
+        lt=1.0,
     )
     accumulation_steps: Int = setting(
         1,
@@ -760,7 +1194,8 @@ class Checkpoint(Section):
     )
     keep_best: bool = setting(
         True,
-        "write a checkpoint at each new best test accuracy, and keep it",
+        "write a checkpoint at each new best accuracy, and keep it; the accuracy is that of the "
+        "held-out images with `data.validation`, else of the test images",
         affects_results=False,
     )
     background: bool = setting(
@@ -794,6 +1229,26 @@ class Tracking(Section):
         affects_results=False,
         ge=0,
     )
+    histograms_every: Int = setting(
+        0,
+        "steps between histograms of each parameter's update; 0: never",
+        affects_results=False,
+        ge=0,
+    )
+
+
+# Keys that earlier versions did not have, with the value that means what was done then. A
+# checkpoint of theirs does not contain them, so they are left out of ours.
+_ABSENT_DEFAULTS: dict[str, Any] = {
+    "data.validation": 0.0,
+    "model.weights": None,
+    "model.reset": [],
+    "optimizer.decay_norms_and_biases": True,
+    "trainer.loss": "cross_entropy",
+    "trainer.label_smoothing": 0.0,
+    "trainer.ema_decay": None,
+    "trainer.gradient_compression": "none",
+}
 
 
 class Recipe(Section):
@@ -870,7 +1325,7 @@ class Recipe(Section):
 
         value = {"name": "constant", **value}
         section = SCHEDULES.get(str(value["name"]))
-        if section is None:
+        if section is None:  # an own schedule, or an unknown one
             return value
 
         # A recipe.yaml that an older lrd wrote lists the keys of every scheduler: null, and the
@@ -890,6 +1345,38 @@ class Recipe(Section):
             group.keep_prob is not None for group in self.optimizer.groups
         ):
             raise ValueError("optimizer.groups: keep_prob of a group needs the section lr_dropout")
+        return self
+
+    @model_validator(mode="after")
+    def _choose_metric(self) -> Recipe:
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            return self
+
+        has_validation = self.data.validation > 0.0
+        if self.schedule.metric is None:
+            self.schedule.metric = "validation_loss" if has_validation else "test_loss"
+        if self.schedule.metric.startswith("validation") and not has_validation:
+            raise ValueError(
+                f"schedule.metric: is {self.schedule.metric!r}, which needs data.validation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_smoothing_of_own_loss(self) -> Recipe:
+        if self.trainer.label_smoothing and self.trainer.loss != "cross_entropy":
+            raise ValueError(
+                f"trainer.label_smoothing: is {self.trainer.label_smoothing}, but trainer.loss is "
+                f"{self.trainer.loss!r}; it is part of cross_entropy alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_average_of_shards(self) -> Recipe:
+        if self.trainer.sharding == "full" and self.trainer.ema_decay is not None:
+            raise ValueError(
+                f"trainer.ema_decay: is {self.trainer.ema_decay}, must be null with "
+                "trainer.sharding=full: each rank would need the whole network once more"
+            )
         return self
 
     @model_validator(mode="after")
@@ -938,9 +1425,10 @@ class Recipe(Section):
         # every schedule had a metric.
         if self.lr_dropout is not None and self.lr_dropout.kind == "dropout":
             del settings["lr_dropout.kind"]
-        if self.trainer.gradient_compression == "none":
-            del settings["trainer.gradient_compression"]
         settings.setdefault("schedule.metric", "test_loss")
+        for key, default in _ABSENT_DEFAULTS.items():
+            if settings.get(key) == default:
+                settings.pop(key, None)
 
         return settings
 

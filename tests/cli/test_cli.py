@@ -214,7 +214,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command, name):
         ("optimizer.learning_rate=0.1", "optimizer.learning_rate"),
         ("optimizer.name=AdamX", "optimizer.name"),
         ("optimizer.momentum=-1", "optimizer.momentum"),
-        ("schedule.name=OneCycleLR", "schedule.name"),
+        ("schedule.name=CyclicLR", "schedule.name"),
         ("schedule.gamma=0.5", "schedule.gamma"),
         ("data.batch_size=5000", "data.batch_size"),
         ("trainer.accumulation_steps=7", "data.batch_size"),

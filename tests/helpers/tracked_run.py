@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrd import recipe as recipes
-from lrd.job.optimizers import build_optimizer
+from lrd.parts.optimizers import build_optimizer
 from lrd.tracking.tracker import Tracker
 
 GROUPS = ["group0", "head"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrd.job.optimizers import NAMES as OPTIMIZERS
+from lrd.parts.optimizers import NAMES as OPTIMIZERS
 from lrd.recipe.schema import SCHEDULES
 from tests.helpers.equality import assert_same_final_state
 from tests.helpers.tensorboard_events import read_scalars

@@ -17,7 +17,7 @@ from torch import Tensor
 import lrd
 from lrd import recipe as recipes
 from lrd.checkpoint import store
-from lrd.job.models import build_model
+from lrd.parts.models import build_model
 from tests.faults.kills import kill_at_random
 from tests.faults.lab import Lab, Trial
 from tests.helpers.equality import assert_same_final_state

@@ -57,7 +57,7 @@ from torch.optim.optimizer import (
 
 import lrd
 import lrd.optim
-from lrd.job.optimizers import NAMES
+from lrd.parts.optimizers import NAMES
 from lrd.optim.dropout import get_lr_dropout
 from tests.helpers.optimizers import (
     assert_same_bits,

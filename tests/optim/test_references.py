@@ -15,7 +15,7 @@ from torch import nn
 
 import lrd.optim
 from lrd import LRDropout
-from lrd.job.schedules import Schedule
+from lrd.parts.schedules import Schedule
 from lrd.optim import mask
 from tests.helpers.optimizers import (
     assert_same_bits,

@@ -128,7 +128,7 @@ def test_1e_3_is_a_number_within_lists_and_groups(tmp_path):
     short = load(tmp_path, text.format("1e-3"))
     plain = load(tmp_path, text.format("0.001"))
     assert short == plain
-    assert short.optimizer.betas == (0.9, 0.001)
+    assert short.optimizer.betas == [0.9, 0.001]
     assert short.optimizer.arguments == {"etas": [0.001]}
     assert short.optimizer.groups[0].arguments == {"alpha": 0.001}
 
@@ -200,7 +200,6 @@ def test_any_other_keep_prob_is_refused(tmp_path, keep_prob):
                 ("keep_prob", "1", "less than 1"),
             )
         ),
-        ("optimizer: {betas: [0.9]}", "optimizer.betas.1", "missing"),
         ("optimizer: {groups: [{lr: 1}]}", "optimizer.groups.0.match", "missing"),
         ("optimizer: {groups: [{match: 3}]}", "optimizer.groups.0.match", "a list of patterns"),
         ("optimizer: {groups: [{match: [a, 3]}]}", "optimizer.groups.0.match", "patterns"),
@@ -375,6 +374,8 @@ def test_each_scheduler_has_the_arguments_of_torchs_class(name):
     keys = set(SCHEDULES[name].model_fields) - set(ScheduleSection.model_fields) - {"metric"}
     if name == "constant":
         assert not keys
+    elif name == "SequentialLR":
+        assert keys == {"schedules", "milestones"}  # torch takes schedulers that were built
     else:
         assert keys <= set(inspect.signature(getattr(lr_scheduler, name)).parameters)
 

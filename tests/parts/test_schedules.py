@@ -13,8 +13,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lrd import recipe
 from lrd.errors import UserError
-from lrd.job import schedules
-from lrd.job.schedules import Schedule
+from lrd.parts import schedules
+from lrd.parts.schedules import Schedule
 from tests.helpers.schedules import SCHEDULES, section
 
 EPOCHS = 5
@@ -300,7 +300,7 @@ def test_an_expression_that_fails_in_the_middle_is_reported_with_its_position():
 
 REFUSED = [
     ({"name": "StepRL", "step_size": 3}, r"schedule\.name: .*did you mean StepLR"),
-    ({"name": "OneCycleLR"}, r"schedule\.name: is 'OneCycleLR', may be constant, StepLR"),
+    ({"name": "CyclicLR"}, r"schedule\.name: is 'CyclicLR', may be constant, StepLR"),
     (
         {"name": "StepLR", "step_size": 3, "step_sise": 3},
         r"schedule\.step_sise: unknown key; .*did you mean step_size",

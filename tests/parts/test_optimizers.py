@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import lrd
 from lrd import recipe
 from lrd.errors import UserError
-from lrd.job import optimizers
+from lrd.parts import optimizers
 from lrd.optim.dropout import get_lr_dropout
 from tests.helpers.optimizers import assert_same_bits, saved_and_loaded
 

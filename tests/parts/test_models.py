@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrd import recipe
-from lrd.job import models, sync_batchnorm
+from lrd.parts import models, sync_batchnorm
 from lrd.torchvision_compat import torchvision
 
 

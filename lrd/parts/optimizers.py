@@ -64,7 +64,7 @@ def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
         "momentum": section.momentum,
         "nesterov": section.nesterov,
         "weight_decay": section.weight_decay,
-        "betas": section.betas,
+        "betas": None if section.betas is None else tuple(section.betas),
         "eps": section.eps,
     }
     # What is not given is left to torch's default.
