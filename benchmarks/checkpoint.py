@@ -29,9 +29,9 @@ from lrd.train import clip_gradients, forward_backward, save_checkpoint
 
 def step(job: Job) -> None:
     """Do one training step, as `lrd.train` does it."""
-    loss = forward_backward(job)
+    loss, accuracy = forward_backward(job)
     norm = clip_gradients(job)
-    communication.gather_step_statistics(loss, norm, 0)
+    communication.gather_step_statistics(loss, norm, accuracy, 0)
     job.accelerated_optimizer.step()
     job.accelerated_optimizer.zero_grad()
     job.schedule.step()

@@ -42,6 +42,8 @@ class Domain(IntEnum):
     ORDER = 1
     AUGMENT = 2
     SYNTHETIC = 3
+    VALIDATION = 4
+    LAYERS = 5
 
 
 def words(

@@ -24,7 +24,7 @@ from lrd.distributed.roll_call import RollCall
 from lrd.distributed.signals import StopSignals, end_with_launcher
 from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe_os_error
 from lrd.job import sharding
-from lrd.job.evaluation import evaluate
+from lrd.job.evaluation import evaluate_parts
 from lrd.job.nonfinite import NonfiniteGuard
 from lrd.job.profiler import profile_steps
 from lrd.job.progress import Progress
@@ -54,16 +54,17 @@ def train(job: Job, signals: StopSignals) -> int:
 
         while job.step < job.total_steps and not stop_signal:
             guard.save_buffers()
-            loss = forward_backward(job)
+            loss, accuracy = forward_backward(job)
             grad_norm = clip_gradients(job)
 
             is_skipped = False
             if exchanges_statistics(job):
                 statistics = communication.gather_step_statistics(
-                    loss, grad_norm, signals.received, has_checkpoint_error(job)
+                    loss, grad_norm, accuracy, signals.received, has_checkpoint_error(job)
                 )
                 stop_signal = statistics.stop_signal
                 progress.loss = statistics.mean_loss
+                progress.accuracy = statistics.mean_accuracy
                 is_skipped = not guard.may_step(statistics)
                 if statistics.has_checkpoint_error:
                     handle_checkpoint_error(job)
@@ -71,7 +72,10 @@ def train(job: Job, signals: StopSignals) -> int:
             # The lr of this step, before the schedule changes it.
             lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
             if not is_skipped:
+                progress.before_step()
                 job.accelerated_optimizer.step()  # the mask decides which elements move
+                if job.weight_average is not None:
+                    job.weight_average.update(job.raw_model)
             job.accelerated_optimizer.zero_grad()
 
             job.schedule.step()
@@ -87,16 +91,17 @@ def train(job: Job, signals: StopSignals) -> int:
         return finish(job, progress, stop_signal)
 
 
-def forward_backward(job: Job) -> Tensor:
+def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
     """Run all micro steps of one step.
 
     Leaves the gradient of the global batch's mean loss in the parameters.
 
     Returns:
-        This rank's mean loss, float32 ().
+        This rank's mean loss and its accuracy on its part of the batch, both float32 ().
     """
     accumulation_steps = job.recipe.trainer.accumulation_steps
     loss = torch.zeros((), device=job.accelerator.device)
+    accuracy = torch.zeros((), device=job.accelerator.device)
     if job.is_sharded:  # DDP does this by itself
         communication.broadcast_buffers(job.raw_model)
 
@@ -107,11 +112,13 @@ def forward_backward(job: Job) -> Tensor:
         is_last = micro_step == accumulation_steps - 1
         with nullcontext() if is_last else job.no_sync():
             logits = job.ddp_model(inputs)  # (micro_batch, classes)
-            scaled_loss = nn.functional.cross_entropy(logits, labels) / accumulation_steps
+            scaled_loss = job.loss_function(logits, labels) / accumulation_steps
             job.accelerator.backward(scaled_loss)
         loss += scaled_loss.detach()
+        is_correct = logits.detach().argmax(1) == labels  # bool (micro_batch,)
+        accuracy += is_correct.float().mean() / accumulation_steps
 
-    return loss
+    return loss, accuracy
 
 
 def clip_gradients(job: Job) -> Tensor:
@@ -148,6 +155,7 @@ def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: in
     if job.is_evaluation_due and not stop_signal:
         with progress.pause("evaluation"):
             stop_signal, is_new_best = run_evaluation(job, signals)
+    progress.show_epoch()
 
     if stop_signal or is_checkpoint_due(job, is_new_best):
         with progress.pause("checkpoints"):
@@ -159,19 +167,12 @@ def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: in
 
 
 def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
-    """Evaluate on the test set and let the schedule know the result.
+    """Evaluate the network and let the schedule know the result.
 
     Returns:
         The signal that cut it short, 0: none; and whether the accuracy is the best so far.
     """
-    metrics = evaluate(
-        accelerator=job.accelerator,
-        model=job.raw_model,
-        images=job.dataset.test,
-        normalize=job.batches.normalize,
-        batch_size=job.batches.batch_size,
-        stop_signal=lambda: signals.received,
-    )
+    metrics = evaluate_parts(job, stop_signal=lambda: signals.received)
     if metrics is None:
         return communication.gather_stop_signal(job.accelerator, signals.received), False
 
@@ -183,9 +184,9 @@ def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
     if job.tracker is not None:
         job.tracker.record_evaluation(job.step, metrics)
 
-    if job.best is not None and metrics["accuracy"] <= job.best["accuracy"]:
+    if job.best_accuracy is not None and metrics[job.best_metric] <= job.best_accuracy:
         return 0, False
-    job.best = {"step": job.step, **metrics}
+    job.best = {"step": job.step, "metric": job.best_metric, **metrics}
     return 0, True
 
 
@@ -201,7 +202,7 @@ def save_checkpoint(job: Job) -> None:
         return
 
     if job.step == job.last_eval_step == job.total_steps:
-        job.tracker.record_hparams(job.step, job.last_eval_metrics)
+        job.tracker.record_end(job.step)
 
     best_step = None
     if job.recipe.checkpoint.keep_best and job.best is not None:

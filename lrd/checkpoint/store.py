@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,15 @@ class TrainState:
             `evaluated` (step of the latest evaluation), `best` ({"step", "accuracy", "loss"} or
             None), `latest` (metrics of the latest evaluation), `identity` (the settings that affect
             the results), `world_size`.
+        ema: moving averages of the weights, as `model`; None if the recipe asks for none.
+        config: JSON values that inference needs, see `lrd.checkpoint.network_config`.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     trainer: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -69,7 +69,7 @@ def run_steps(job: Job) -> tuple[list[float], float]:
     for step in range(min(1 + _TIMED_STEPS, job.total_steps)):
         start = time.perf_counter()
         job.step = step
-        loss = train.forward_backward(job)
+        loss, _ = train.forward_backward(job)
         train.clip_gradients(job)
         job.accelerated_optimizer.step()
         job.accelerated_optimizer.zero_grad()

@@ -42,34 +42,100 @@ class Images:
         """Copy pixels and labels to a device."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def select(self, indices: Tensor) -> Images:
+        """Copy the images with these indices, int64 (M,)."""
+        return Images(self.pixels[indices], self.labels[indices])
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training images, test images and the names of the classes."""
+    """Labelled images in memory, and the names of the classes.
+
+    Attributes:
+        train: training images.
+        test: test images.
+        classes: name of each class, by its label.
+        validation: images held out from the training images; None if there are none.
+    """
 
     train: Images
     test: Images
     classes: tuple[str, ...]
+    validation: Images | None = None
+
+    @property
+    def evaluated_parts(self) -> dict[str, Images]:
+        """The parts on which the network is evaluated: `test`, and `validation` if there is one."""
+        if self.validation is None:
+            return {"test": self.test}
+        return {"test": self.test, "validation": self.validation}
 
     def to(self, device: torch.device) -> Dataset:
         """Copy all images to a device."""
-        return Dataset(self.train.to(device), self.test.to(device), self.classes)
+        return Dataset(
+            train=self.train.to(device),
+            test=self.test.to(device),
+            classes=self.classes,
+            validation=None if self.validation is None else self.validation.to(device),
+        )
+
+    def hold_out(self, fraction: float, seed: int) -> Dataset:
+        """Move a part of the training images to `validation`.
+
+        Which images these are is a function of the seed and their number. Both parts keep the
+        order of the training images.
+
+        Args:
+            fraction: of the training images, in (0, 1); rounded to a number of images.
+            seed: the seed of the recipe.
+
+        Raises:
+            UserError: this would be none of the images, or all of them.
+        """
+        count = len(self.train)
+        num_held_out = round(fraction * count)
+        if not 0 < num_held_out < count:
+            raise UserError(
+                f"data.validation: is {fraction}, which is {num_held_out} of "
+                f"{count} training images"
+            )
+
+        words = philox.words(
+            seed,
+            Domain.VALIDATION,
+            position=(0, 0, 0),
+            first_block=0,
+            n_blocks=-(-count // philox.WORDS_PER_BLOCK),
+        )
+        order = torch.from_numpy(np.argsort(words[:count], kind="stable"))  # int64 (N,)
+        held_out = order[:num_held_out].sort().values
+        kept = order[num_held_out:].sort().values
+
+        return Dataset(
+            train=self.train.select(kept),
+            test=self.test,
+            classes=self.classes,
+            validation=self.train.select(held_out),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of all pixels and labels, by which hosts check that they have the same data."""
         digest = hashlib.sha256()
-        for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().numpy().tobytes())
+        for part in (self.train, self.test, self.validation):
+            if part is None:
+                continue
+            for tensor in (part.pixels, part.labels):
+                digest.update(repr(tuple(tensor.shape)).encode())
+                digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
 def load_dataset(section: recipes.Data, seed: int) -> Dataset:
-    """Load the data set that a recipe names.
+    """Load the data set that a recipe names, and hold out a part of it if the recipe says so.
 
     Args:
         section: the `data` section of the recipe.
-        seed: the seed of the recipe; only `synthetic` depends on it.
+        seed: the seed of the recipe; `synthetic` and the part that is held out depend on it.
 
     Returns:
         The data set, on the host.
@@ -77,6 +143,14 @@ def load_dataset(section: recipes.Data, seed: int) -> Dataset:
     Raises:
         UserError: the data set is missing, empty or damaged, or cannot be downloaded.
     """
+    dataset = _load_all(section, seed)
+    if section.validation > 0.0:
+        dataset = dataset.hold_out(section.validation, seed)
+    return dataset
+
+
+def _load_all(section: recipes.Data, seed: int) -> Dataset:
+    """Load the training and test images."""
     if section.dataset == "imagefolder":
         return _load_image_folder(section)
 
@@ -94,7 +168,7 @@ def load_dataset(section: recipes.Data, seed: int) -> Dataset:
 
 
 def count_training_images(section: recipes.Data) -> int:
-    """Count the training images of a recipe's data set without reading them.
+    """Count the training images of a recipe's data set, if possible without reading them.
 
     Args:
         section: the `data` section of the recipe.
@@ -104,12 +178,15 @@ def count_training_images(section: recipes.Data) -> int:
     """
     if section.dataset == "imagefolder":
         files, _ = list_folder(Path(section.root) / "train")
-        return len(files)
-    if section.dataset == "digits":
-        return 1437
-    if section.dataset == "synthetic":
-        return section.num_samples
-    return 50_000  # CIFAR-10 and CIFAR-100
+        count = len(files)
+    elif section.dataset == "digits":
+        count = 1437
+    elif section.dataset == "synthetic":
+        count = section.num_samples
+    else:
+        count = 50_000  # CIFAR-10 and CIFAR-100
+
+    return count - round(section.validation * count)
 
 
 def _load_digits() -> Dataset:

@@ -187,12 +187,14 @@ class StepStatistics:
         losses: the loss of each rank.
         grad_norms: the gradient norm of each rank. It is the norm of the reduced gradient, so the
             same on all ranks if all is well.
+        accuracies: the accuracy of each rank on its part of the batch.
         stop_signal: a signal that any rank has received; 0: none.
         has_checkpoint_error: whether the main process could not write a checkpoint.
     """
 
     losses: list[float]
     grad_norms: list[float]
+    accuracies: list[float]
     stop_signal: int
     has_checkpoint_error: bool
 
@@ -200,6 +202,11 @@ class StepStatistics:
     def mean_loss(self) -> float:
         """The mean loss over the global batch."""
         return sum(self.losses) / len(self.losses)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The accuracy over the global batch."""
+        return sum(self.accuracies) / len(self.accuracies)
 
     @property
     def has_finite_losses(self) -> bool:
@@ -213,13 +220,18 @@ class StepStatistics:
 
 
 def gather_step_statistics(
-    loss: Tensor, grad_norm: Tensor, stop_signal: int, has_checkpoint_error: bool = False
+    loss: Tensor,
+    grad_norm: Tensor,
+    accuracy: Tensor,
+    stop_signal: int,
+    has_checkpoint_error: bool = False,
 ) -> StepStatistics:
     """Exchange the statistics of a step between the ranks. The CPU waits for the GPU.
 
     Args:
         loss: this rank's loss, float32 ().
         grad_norm: this rank's gradient norm, float32 ().
+        accuracy: this rank's accuracy on its part of the batch, float32 ().
         stop_signal: the signal that this rank has received; 0: none.
         has_checkpoint_error: whether this rank could not write a checkpoint.
     """
@@ -228,20 +240,21 @@ def gather_step_statistics(
     flags = torch.tensor(
         [stop_signal, has_checkpoint_error], dtype=torch.float64, device=loss.device
     )
-    figures = torch.stack([loss.detach().double(), grad_norm.detach().double()])
-    local_row = torch.cat([figures, flags])  # float64 (4,)
+    figures = torch.stack([loss, grad_norm, accuracy]).detach().double()
+    local_row = torch.cat([figures, flags])  # float64 (5,)
 
     rows = [local_row]
     if dist.is_initialized():
         rows = [torch.empty_like(local_row) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, local_row)
 
-    table = torch.stack(rows).cpu()  # (world_size, 4)
+    table = torch.stack(rows).cpu()  # (world_size, 5)
     return StepStatistics(
         losses=table[:, 0].tolist(),
         grad_norms=table[:, 1].tolist(),
-        stop_signal=int(table[:, 2].max()),
-        has_checkpoint_error=bool(table[:, 3].max()),
+        accuracies=table[:, 2].tolist(),
+        stop_signal=int(table[:, 3].max()),
+        has_checkpoint_error=bool(table[:, 4].max()),
     )
 
 
@@ -253,4 +266,4 @@ def gather_stop_signal(accelerator: Accelerator, stop_signal: int) -> int:
         stop_signal: the signal that this rank has received; 0: none.
     """
     zero = torch.zeros((), device=accelerator.device)
-    return gather_step_statistics(zero, zero, stop_signal).stop_signal
+    return gather_step_statistics(zero, zero, zero, stop_signal).stop_signal

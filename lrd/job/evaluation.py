@@ -1,4 +1,4 @@
-"""Accuracy and loss on the test set, over all ranks; each sample counts once."""
+"""Accuracy and loss on the images that are not trained on, over all ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,45 @@ from torch import Tensor, nn
 from lrd.data.datasets import Images
 from lrd.distributed.communication import broadcast_buffers, gather_stop_signal
 from lrd.job import sharding
+from lrd.job.state import Job
 
 _BATCHES_BETWEEN_SIGNAL_CHECKS_ON_GPU = 20  # each check makes the CPU wait for the GPU
+
+
+def evaluate_parts(job: Job, stop_signal: Callable[[], int]) -> dict[str, float] | None:
+    """Evaluate the network, and the average of its weights if there is one, on each part.
+
+    Args:
+        job: its test images are evaluated, and the images that were held out.
+        stop_signal: returns the stop signal that this rank has received; 0: none.
+
+    Returns:
+        The same on every rank: `loss` and `accuracy` on the test images, `validation_loss` and
+        `validation_accuracy` on the images held out, and the same with `ema_` before `loss` and
+        `accuracy` for the average. None where a rank received a stop signal.
+    """
+    networks = {"": job.raw_model}
+    if job.weight_average is not None:
+        networks["ema_"] = job.weight_average.network
+
+    metrics = {}
+    for part, images in job.dataset.evaluated_parts.items():
+        for weights_prefix, network in networks.items():
+            results = evaluate(
+                accelerator=job.accelerator,
+                model=network,
+                images=images,
+                normalize=job.batches.normalize,
+                batch_size=job.batches.batch_size,
+                stop_signal=stop_signal,
+            )
+            if results is None:
+                return None
+
+            part_prefix = "" if part == "test" else f"{part}_"
+            for name, value in results.items():
+                metrics[f"{part_prefix}{weights_prefix}{name}"] = value
+    return metrics
 
 
 @torch.no_grad()
@@ -24,7 +61,7 @@ def evaluate(
     batch_size: int,
     stop_signal: Callable[[], int] = lambda: 0,
 ) -> dict[str, float] | None:
-    """Mean loss and accuracy over `images`.
+    """Mean loss and accuracy over `images`; each image counts once.
 
     Each rank evaluates a contiguous part of the images; its last batch may be short. Only sums are
     exchanged.

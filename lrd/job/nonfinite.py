@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrd.distributed.communication import StepStatistics, all_gather_object, describe_rank
 from lrd.errors import RunError
@@ -110,7 +110,7 @@ class NonfiniteGuard:
             inputs, labels = job.load_micro_batch(job.step, micro_step)
             with job.accelerator.autocast():
                 logits = job.raw_model(inputs)
-            loss = nn.functional.cross_entropy(logits.float(), labels) / accumulation_steps
+            loss = job.loss_function(logits.float(), labels) / accumulation_steps
             loss.backward()  # type: ignore[no-untyped-call]
 
         for name, parameter in job.raw_model.named_parameters():

@@ -23,12 +23,14 @@ class Progress:
 
     Attributes:
         loss: the latest global mean loss.
+        accuracy: the latest accuracy over a global batch.
         num_steps: steps that this start has taken.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.loss = float("nan")
+        self.accuracy = float("nan")
         self.num_steps = 0
 
         self._began = time.perf_counter()
@@ -56,6 +58,9 @@ class Progress:
         yield
         self._paused[reason] += time.perf_counter() - start
 
+    def before_step(self) -> None:
+        """Keep what a record of the step needs of the state before it."""
+
     def after_step(self, lrs: list[float], grad_norm: Tensor, is_skipped: bool) -> None:
         """Record and show a step.
 
@@ -76,6 +81,7 @@ class Progress:
         images_per_second = self._speed.measure(self.num_steps, sum(self._paused.values()))
         scalars = {
             "train/loss": self.loss,
+            "train/accuracy": self.accuracy,
             "train/images_per_second": images_per_second,
             "train/grad_norm": float(grad_norm),
         }

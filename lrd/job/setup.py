@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
 import lrd
 from lrd import __version__, console
@@ -23,14 +23,17 @@ from lrd.distributed.accelerator import start_rank
 from lrd.distributed.gradient_compression import bf16_all_reduce_hook
 from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
-from lrd.errors import UserError
+from lrd.errors import UserError, first_line
 from lrd.job import sharding
+from lrd.job.ema import WeightAverage
+from lrd.job.state import Job
+from lrd.parts.losses import build_loss
 from lrd.parts.models import build_model, residual_blocks
 from lrd.parts.optimizers import build_optimizer
 from lrd.parts.schedules import Schedule, depends_on_length, total_steps
-from lrd.job.state import Job
 from lrd.parts.sync_batchnorm import convert_sync_batchnorm
-from lrd.tracking.tracker import Tracker, tags_recorded_at
+from lrd.recipe import named
+from lrd.tracking.tracker import Tracker, scalars_recorded_at
 
 
 def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
@@ -48,7 +51,8 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     # Meet the other ranks, and refuse to start where they do not have the same code and recipe.
     recipe = hardware.resolve_auto(recipe)
     code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
-    facts = {**code, **recipe.settings_shared_by_ranks()}
+    sources = named.describe_sources(recipe)
+    facts = {**code, **sources, **recipe.settings_shared_by_ranks()}
     accelerator = start_rank(recipe.trainer, facts, roll_call)
 
     # Load the data on one rank of each host first: it downloads or decodes, the others find the
@@ -57,6 +61,7 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
         accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
     )
     job = communication.run_on_all_ranks(lambda: build_job(recipe, accelerator, dataset, roll_call))
+    job.sources = sources
     communication.require_equal_on_all_ranks(
         {"data.fingerprint": job.result_settings["data.fingerprint"]}
     )
@@ -75,12 +80,7 @@ def source_digest() -> str:
 
     Hosts with different checkouts of one version are found by it at the start.
     """
-    package = Path(lrd.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return named.source_digest(Path(lrd.__file__).parent)
 
 
 def build_job(
@@ -146,10 +146,26 @@ def build_job(
         raw_optimizer=optimizer,
         accelerated_optimizer=AcceleratedOptimizer(optimizer),
         schedule=schedule,
+        loss_function=build_loss(recipe.trainer),
         total_steps=total_steps(recipe, batches.steps_per_epoch),
         result_settings=result_settings,
+        sources={},
         roll_call=roll_call,
+        weight_average=_build_weight_average(model, recipe),
     )
+
+
+def _build_weight_average(model: nn.Module, recipe: recipes.Recipe) -> WeightAverage | None:
+    decay = recipe.trainer.ema_decay
+    if decay is None:
+        return None
+
+    try:
+        return WeightAverage(model, decay)
+    except RuntimeError as error:  # `copy.deepcopy` refuses a network with computed parameters
+        raise UserError(
+            f"trainer.ema_decay: is {decay}, but the network cannot be copied: {first_line(error)}"
+        ) from None
 
 
 def _lock_run_dir(job: Job) -> None:
@@ -238,16 +254,22 @@ def _warm_up_ddp_buckets(job: Job) -> None:
 
 
 def _open_outputs(job: Job) -> None:
-    """Write the resolved recipe and open the event file and the checkpoint writer."""
+    """Write the resolved recipe and open the records and the checkpoint writer."""
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
 
     # A run that was killed between an evaluation and its checkpoint has records of that evaluation.
-    recorded_tags = set[str]()
+    recorded: dict[str, float] = {}
     if job.is_evaluation_due:
-        recorded_tags = tags_recorded_at(job.run_dir.path, job.step)
+        recorded = scalars_recorded_at(job.run_dir.path, job.step)
 
     job.tracker = Tracker(
-        job.run_dir.path, job.step, job.recipe, job.raw_model, job.raw_optimizer, recorded_tags
+        run_dir=job.run_dir.path,
+        step=job.step,
+        steps_per_epoch=job.batches.steps_per_epoch,
+        recipe=job.recipe,
+        network=job.raw_model,
+        optimizer=job.raw_optimizer,
+        recorded=recorded,
     )
-    job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker.events)
+    job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -139,10 +140,10 @@ def gather_state(state: TrainState, is_kept: bool) -> TrainState:
         is_kept: whether this rank keeps the whole tensors, which are on the CPU then. Otherwise it
             gets empty ones.
     """
-    return TrainState(
+    return replace(
+        state,
         model=_gather(state.model, is_kept),
         optimizer=_gather(state.optimizer, is_kept),
-        trainer=state.trainer,
     )
 
 
@@ -188,10 +189,10 @@ def shard_state(state: TrainState, model: nn.Module, optimizer: Optimizer) -> Tr
             for key, value in parameter_state.items():
                 states[index][key] = _shard_like(parameters[index], value)
 
-    return TrainState(
+    return replace(
+        state,
         model=model_shards,
         optimizer={**state.optimizer, "optimizer": {**saved, "state": states}},
-        trainer=state.trainer,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from lrd.data.datasets import Dataset
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
+from lrd.job.ema import WeightAverage
 from lrd.parts.schedules import Schedule
 from lrd.tracking.tracker import Tracker
 
@@ -40,6 +42,7 @@ class Job:
         dataset: training and test images, on the device.
         batches: the training batches, by position.
         schedule: sets the lr of `raw_optimizer`.
+        loss_function: of logits, float (N, C), and labels, int64 (N,): the mean loss, float ().
         raw_model: the network itself.
         ddp_model: the network as Accelerate prepared it, under DDP where there are several ranks. A
             network that is sharded is `raw_model` itself.
@@ -48,12 +51,15 @@ class Job:
         total_steps: optimizer steps of the whole run.
         result_settings: all settings that affect the results, as `section.key` -> value, and the
             data's fingerprint. A resume compares them with those of the checkpoint.
+        sources: a digest of the source files of each own part that the recipe names.
         roll_call: answers for this rank when another one is lost.
+        weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
         step: optimizer steps done.
         skipped_steps: steps that were skipped because a loss or the gradient was not finite.
         last_eval_step, last_eval_metrics: the latest evaluation.
-        best: the evaluation with the best accuracy: `step`, `accuracy`, `loss`.
+        best: the evaluation that was best by `best_metric`: `step`, `metric` (its name), and all
+            metrics.
     """
 
     recipe: recipes.Recipe
@@ -65,10 +71,13 @@ class Job:
     raw_optimizer: Optimizer
     accelerated_optimizer: AcceleratedOptimizer
     schedule: Schedule
+    loss_function: Callable[[Tensor, Tensor], Tensor]
     total_steps: int
     result_settings: dict[str, Any]
+    sources: dict[str, str]
     roll_call: RollCall
 
+    weight_average: WeightAverage | None = None
     run_dir: RunDir | None = None
     tracker: Tracker | None = None
     writer: AsyncWriter | None = None
@@ -101,6 +110,22 @@ class Job:
         is_epoch_end = self.step > 0 and steps_into_epoch == 0
         return is_epoch_end and epochs % self.recipe.trainer.eval_every == 0
 
+    @property
+    def best_metric(self) -> str:
+        """The metric by which evaluations are compared: an accuracy.
+
+        It is measured on the images held out, or on the test images if there are none; and of the
+        average of the weights, or of the network if there is none.
+        """
+        part = "" if self.dataset.validation is None else "validation_"
+        weights = "" if self.weight_average is None else "ema_"
+        return f"{part}{weights}accuracy"
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The best accuracy so far, by `best_metric`; None before the first evaluation."""
+        return None if self.best is None else float(self.best[self.best_metric])
+
     def load_micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This rank's batch of a micro step, in the memory layout that training uses.
 
@@ -127,13 +152,12 @@ class Job:
         if self.run_dir is None:
             return
 
-        best_accuracy = None if self.best is None else self.best["accuracy"]
         with suppress(UserError):
             self.run_dir.write_status(
                 state,
                 step=self.step,
                 total_steps=self.total_steps,
-                best_accuracy=best_accuracy,
+                best_accuracy=self.best_accuracy,
                 ranks=self.accelerator.num_processes,
                 skipped=self.skipped_steps,
                 **more,
@@ -165,9 +189,11 @@ class Job:
             "best": self.best,
             "latest": self.last_eval_metrics,
             "identity": self.result_settings,
+            "sources": self.sources,
             "world_size": self.accelerator.num_processes,
         }
-        state = store.TrainState(model, optimizer, trainer)
+        ema = None if self.weight_average is None else self.weight_average.state_dict()
+        state = store.TrainState(model, optimizer, trainer, ema)
         if self.is_sharded:
             state = sharding.gather_state(state, is_kept=self.accelerator.is_main_process)
         return state
@@ -202,6 +228,12 @@ class Job:
         self.last_eval_step = state.trainer["evaluated"]
         self.last_eval_metrics = state.trainer["latest"]
         self.best = state.trainer["best"]
+        # With a changed recipe it may be an accuracy on other images.
+        if self.best is not None and self.best.get("metric", "accuracy") != self.best_metric:
+            self.best = None
+
+        self._report_changed_sources(state, path)
+        self._load_weight_average(state, path)
 
         if changes:
             self._load_with_changed_recipe(state, path)
@@ -211,6 +243,30 @@ class Job:
             self.schedule.load_state_dict(state.optimizer["schedule"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: is of another optimizer: {error}") from None
+
+    def _report_changed_sources(self, state: store.TrainState, path: Path) -> None:
+        saved = state.trainer.get("sources", {})
+        for key, digest in self.sources.items():
+            if saved.get(key, digest) != digest:
+                console.info(f"{key}: its source files are not those that {path} was made with")
+
+    def _load_weight_average(self, state: store.TrainState, path: Path) -> None:
+        """Go on from the saved average; without one it begins at the network's weights.
+
+        Raises:
+            UserError: it is of another network.
+        """
+        if self.weight_average is None:
+            return
+        if state.ema is None:  # the key is new, and checkpoint.allow_changed says go on
+            self.weight_average.begin_at(self.raw_model)
+            return
+
+        try:
+            self.weight_average.load_state_dict(state.ema, self.step - self.skipped_steps)
+        except RuntimeError as error:
+            last_line = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path}: its average is of another model: {last_line}") from None
 
     def _load_with_changed_recipe(self, state: store.TrainState, path: Path) -> None:
         """Take lr and all settings from the new recipe, momentum and update counts from the state.

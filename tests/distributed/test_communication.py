@@ -33,9 +33,14 @@ def test_errors_of_users_and_disks_become_one_line(
 
 def test_the_statistics_of_a_step() -> None:
     statistics = communication.gather_step_statistics(
-        torch.tensor(2.5), torch.tensor(float("inf")), stop_signal=15, has_checkpoint_error=True
+        torch.tensor(2.5),
+        torch.tensor(float("inf")),
+        torch.tensor(0.75),
+        stop_signal=15,
+        has_checkpoint_error=True,
     )
     assert statistics.losses == [2.5]
+    assert statistics.mean_accuracy == 0.75
     assert statistics.mean_loss == 2.5
     assert statistics.stop_signal == 15
     assert statistics.has_checkpoint_error
