@@ -18,11 +18,18 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.distributed import communication, roll_call
-from lrd.distributed.accelerator import exit_process
+from lrd.distributed.accelerator import check_launch_variables, exit_process
 from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.distributed.signals import StopSignals, end_with_launcher
-from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError, describe_os_error
+from lrd.errors import (
+    EXIT_OK,
+    EXIT_STOPPED,
+    RunError,
+    UserError,
+    describe_os_error,
+    first_line,
+)
 from lrd.job import sharding
 from lrd.job.evaluation import evaluate_parts
 from lrd.job.nonfinite import NonfiniteGuard
@@ -30,6 +37,7 @@ from lrd.job.profiler import profile_steps
 from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
+from lrd.memory import is_out_of_memory
 
 USAGE = "usage: python -m lrd.train RECIPE.yaml [section.key=value ...]"
 
@@ -107,6 +115,7 @@ def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
 
     for micro_step in range(accumulation_steps):
         inputs, labels = job.load_micro_batch(job.step, micro_step)
+        job.seed_layers(job.step, micro_step)
 
         # The gradients' mean over the ranks is taken in the last micro step alone.
         is_last = micro_step == accumulation_steps - 1
@@ -311,18 +320,21 @@ def run(recipe_path: str, overrides: list[str]) -> int:
     job = None
     calls = RollCall()
     with ExitStack() as stack:
+        stack.enter_context(console.keep_log())
         try:
             job = set_up(recipes.load(recipe_path, overrides), calls)
             stack.callback(job.close)
             # Until the end of the run: a launcher sends SIGTERM when another rank dies.
             signals = stack.enter_context(StopSignals())
             return train(job, signals)
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
             return report_failure(job, calls, error)
 
 
 def report_failure(
-    job: Job | None, calls: RollCall, error: UserError | OSError | RuntimeError
+    job: Job | None,
+    calls: RollCall,
+    error: UserError | OSError | RuntimeError | MemoryError,
 ) -> int:
     """Report what went wrong, once among the ranks.
 
@@ -343,7 +355,15 @@ def report_failure(
         if job is not None and job.accelerator.num_processes > 1:
             message = f"{communication.describe_rank()}: {message}"
         is_reporter = True
-    elif roll_call.is_lost_rank(error):
+    elif is_out_of_memory(error):
+        step = "before the first step" if job is None else f"step {job.step + 1}"
+        message = (
+            f"{communication.describe_rank()}: {step}: out of memory ({first_line(error)}); "
+            "a smaller data.batch_size, or more trainer.accumulation_steps, needs less"
+        )
+        status = RunError.status
+        is_reporter = True
+    elif isinstance(error, RuntimeError) and roll_call.is_lost_rank(error):
         result = calls.call()
         missing = result.text or "a rank is lost, another one reports which"
         message = describe_lost_rank(job, error, missing)
@@ -358,6 +378,8 @@ def report_failure(
             console.error(line)
     if is_reporter:
         console.error(message)
+    else:
+        console.log(f"error: {message}")
     return status
 
 
@@ -388,9 +410,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(UserError.status)
 
     try:
+        check_launch_variables()
         end_with_launcher()
         status = run(arguments[0], arguments[1:])
-    except RunError as error:
+    except UserError as error:
         console.error(f"{error}")
         status = error.status
     except KeyboardInterrupt:  # while the job is set up; later StopSignals handles it

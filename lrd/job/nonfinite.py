@@ -108,6 +108,7 @@ class NonfiniteGuard:
             sharding.keep_local_gradients(job.raw_model)
         for micro_step in range(accumulation_steps):
             inputs, labels = job.load_micro_batch(job.step, micro_step)
+            job.seed_layers(job.step, micro_step)
             with job.accelerator.autocast():
                 logits = job.raw_model(inputs)
             loss = job.loss_function(logits.float(), labels) / accumulation_steps

@@ -1,8 +1,10 @@
-"""What a run shows: the live line, TensorBoard's records, and the table at the end."""
+"""What a run shows: the live line, a line per epoch, its records, and the table at the end."""
 
 from __future__ import annotations
 
+import math
 import os
+import platform
 import shutil
 import sys
 import time
@@ -10,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from lrd import console
+from lrd import __version__, console
 from lrd.checkpoint import store
 from lrd.job.state import Job
 from lrd.optim.dropout import get_lr_dropout
+from lrd.tracking.metrics_file import read_rows
 
 
 class Progress:
@@ -39,7 +43,12 @@ class Progress:
             "checkpoints": 0.0,
         }  # seconds in which training stood still
         self._speed = _Speed(job.batches.batch_size, self._began)
-        self._meter = console.ProgressMeter("training", job.total_steps, job.step)
+        self._epoch = self._begin_epoch()
+        self._meter = console.ProgressMeter(
+            "training", job.total_steps, job.step, has_last_line=False
+        )
+        if job.tracker is not None and job.step == 0:
+            job.tracker.record_summary(describe_run(job))
 
     def __enter__(self) -> Progress:
         self._meter.__enter__()
@@ -60,6 +69,8 @@ class Progress:
 
     def before_step(self) -> None:
         """Keep what a record of the step needs of the state before it."""
+        if self.job.tracker is not None:
+            self.job.tracker.copy_weights(self.job.step + 1)
 
     def after_step(self, lrs: list[float], grad_norm: Tensor, is_skipped: bool) -> None:
         """Record and show a step.
@@ -75,6 +86,7 @@ class Progress:
             return
 
         job.tracker.record_probes(job.step, lrs, moved=not is_skipped)
+        job.tracker.record_updates(job.step)
         if job.step % job.recipe.tracking.every_steps != 0:
             return
 
@@ -88,12 +100,90 @@ class Progress:
         if job.recipe.trainer.on_nonfinite == "skip":
             scalars["train/skipped"] = job.skipped_steps
         job.tracker.record_step(job.step, lrs, scalars, moved=not is_skipped)
+        self._epoch.add(self.loss, self.accuracy)
+        self._epoch.lr = lrs[0]
         self._show(lrs[0], images_per_second)
+
+    def show_epoch(self) -> None:
+        """Print a line about the epoch if `job.step` steps complete it or the run.
+
+        It comes after the evaluation of the step, if there is one.
+        """
+        job = self.job
+        is_complete = job.step % job.batches.steps_per_epoch == 0 or job.step == job.total_steps
+        if job.tracker is None or not is_complete:
+            return
+
+        console.info_that_fits(self._describe_epoch())
+        self._epoch = _Epoch(seconds_from=time.perf_counter())
+
+    def _begin_epoch(self) -> _Epoch:
+        """The epoch in which this start begins, with its steps of earlier starts."""
+        job = self.job
+        if job.tracker is None:
+            return _Epoch()
+
+        # An epoch that still has to be evaluated has not ended.
+        steps_done = job.step % job.batches.steps_per_epoch
+        if steps_done == 0 and job.is_evaluation_due:
+            steps_done = job.batches.steps_per_epoch
+        if steps_done == 0:
+            return _Epoch(seconds_from=self._began)
+
+        epoch = _Epoch()
+        lr_tag = f"lr/{job.raw_optimizer.param_groups[0]['name']}"
+        for row in read_rows(job.tracker.metrics.path, first_step=job.step - steps_done + 1):
+            if "train/loss" in row and "train/accuracy" in row:
+                epoch.add(row["train/loss"], row["train/accuracy"])
+            epoch.lr = row.get(lr_tag, epoch.lr)
+        return epoch
+
+    def _describe_epoch(self) -> list[str]:
+        """The epoch in one line, in several lengths."""
+        job = self.job
+        number = 1 + (job.step - 1) // job.batches.steps_per_epoch
+        epoch = f"epoch {number}/{job.recipe.trainer.epochs}"
+        step = f"step {job.step}"
+
+        train = []
+        if self._epoch.num_steps:
+            means = self._epoch.means()
+            train = [f"loss {means[0]:.4f} acc {means[1]:.4f}"]
+
+        evaluations: dict[str, str] = {}  # by the name of their accuracy
+        accuracies: dict[str, str] = {}
+        metrics = job.last_eval_metrics if job.last_eval_step == job.step else {}
+        for name, value in metrics.items():
+            if name.endswith("accuracy"):
+                part = "val" if name.startswith("validation_") else "test"
+                what = f"{part} ema" if "ema_" in name else part
+                loss = metrics[name.removesuffix("accuracy") + "loss"]
+                evaluations[name] = f"{what} loss {loss:.4f} acc {value:.4f}"
+                accuracies[name] = f"{what} acc {value:.4f}"
+
+        lr = [] if math.isnan(self._epoch.lr) else [f"lr {self._epoch.lr:.3g}"]
+        seconds = self._epoch.seconds()
+        duration = [] if seconds is None else [_describe_duration(seconds)]
+
+        # The one by which the best epoch is chosen.
+        best = [text for name, text in accuracies.items() if name == job.best_metric]
+        forms = [
+            [epoch, step, *train, *evaluations.values(), *lr, *duration],
+            [epoch, step, *train, *evaluations.values(), *duration],
+            [epoch, step, *train, *accuracies.values(), *duration],
+            [epoch, step, *train, *accuracies.values()],
+            [epoch, step, *train, *best, *duration],
+            [epoch, step, *train, *best],
+            [epoch, *train, *best],
+        ]
+        return ["  ".join(form) for form in forms]
 
     def _show(self, lr: float, images_per_second: float) -> None:
         job = self.job
-        accuracy = f"acc {job.last_eval_metrics['accuracy']:.4f}" if job.last_eval_metrics else ""
-        figures = f"loss {self.loss:.4f} {accuracy} lr {lr:.3g} {images_per_second:.0f} images/s"
+        figures = (
+            f"loss {self.loss:.4f} acc {self.accuracy:.4f} lr {lr:.3g} "
+            f"{images_per_second:.0f} images/s"
+        )
         if job.skipped_steps:
             figures += f" {job.skipped_steps} skipped"
 
@@ -116,18 +206,8 @@ class Progress:
 
     def _describe_job(self) -> list[tuple[str, str]]:
         job = self.job
-        num_parameters = sum(parameter.numel() for parameter in job.raw_model.parameters())
-        num_train = len(job.dataset.train)
-        num_test = len(job.dataset.test)
-        num_groups = len(job.raw_optimizer.param_groups)
-        ranks = f"{job.accelerator.num_processes} on {job.accelerator.device.type}"
-        if job.is_sharded:
-            ranks += ", each with a shard of the network and of the optimizer's state"
         return [
-            ("network", f"{job.recipe.model.arch}, {num_parameters:,} parameters"),
-            ("data", f"{job.recipe.data.dataset}, {num_train:,} + {num_test:,} images"),
-            ("ranks", ranks),
-            ("optimizer", f"{job.recipe.optimizer.name}, {num_groups} parameter group(s)"),
+            *describe_parts(job),
             ("keep_prob", self._describe_dropout()),
             ("steps", f"{job.step:,} in all, {self.num_steps:,} by this start"),
         ]
@@ -191,6 +271,104 @@ class Progress:
         names = [store.checkpoint_name(step) for step in store.list_steps(job.run_dir.path)]
         rows.append(("checkpoints", ", ".join(names)))
         return rows
+
+
+def describe_parts(job: Job) -> list[tuple[str, str]]:
+    """Network, data, ranks and optimizer of a job, in a few words each."""
+    num_parameters = sum(parameter.numel() for parameter in job.raw_model.parameters())
+    num_train = len(job.dataset.train)
+    num_test = len(job.dataset.test)
+    num_groups = len(job.raw_optimizer.param_groups)
+    ranks = f"{job.accelerator.num_processes} on {job.accelerator.device.type}"
+    if job.is_sharded:
+        ranks += ", each with a shard of the network and of the optimizer's state"
+    return [
+        ("network", f"{job.recipe.model.arch}, {num_parameters:,} parameters"),
+        ("data", f"{job.recipe.data.dataset}, {num_train:,} + {num_test:,} images"),
+        ("ranks", ranks),
+        ("optimizer", f"{job.recipe.optimizer.name}, {num_groups} parameter group(s)"),
+    ]
+
+
+def describe_run(job: Job) -> list[tuple[str, str]]:
+    """A run before its first step, for TensorBoard's Text page."""
+    recipe = job.recipe
+    section = recipe.lr_dropout
+    keep_prob = "1 (no learning rate dropout)" if section is None else f"{section.keep_prob}"
+    groups = job.raw_optimizer.param_groups
+    lrs = ", ".join(
+        f"{group['name']}: {group.get('initial_lr', group['lr']):g}" for group in groups
+    )
+    return [
+        *describe_parts(job),
+        ("lr before the schedule", lrs),
+        ("schedule", recipe.schedule.name),
+        ("keep_prob", keep_prob),
+        ("batch size", f"{job.batches.batch_size} over all ranks"),
+        ("epochs", f"{recipe.trainer.epochs} of {job.batches.steps_per_epoch:,} steps"),
+        ("seed", f"{recipe.seed}"),
+        ("versions", _describe_versions()),
+    ]
+
+
+def describe_start(job: Job) -> str:
+    """One line for the log, by which a start is found in it."""
+    return (
+        f"start on {platform.node()}, process {os.getpid()}: "
+        f"{job.accelerator.num_processes} rank(s) on {job.accelerator.device.type}; "
+        f"{_describe_versions()}"
+    )
+
+
+def _describe_versions() -> str:
+    return f"lrd {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _describe_duration(seconds: float) -> str:
+    """Seconds as `4.3 s`, `5:07 min` or `2:05:07 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{whole_seconds:02} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_seconds:02} h"
+
+
+class _Epoch:
+    """What is recorded of one epoch.
+
+    Args:
+        seconds_from: when it began, by `time.perf_counter`; None if an earlier start began it.
+
+    Attributes:
+        num_steps: steps whose loss is finite.
+        lr: of the first parameter group in the latest recorded step; NaN if there is none.
+    """
+
+    def __init__(self, seconds_from: float | None = None) -> None:
+        self.num_steps = 0
+        self.lr = float("nan")
+        self._seconds_from = seconds_from
+        self._loss_sum = 0.0
+        self._accuracy_sum = 0.0
+
+    def add(self, loss: float, accuracy: float) -> None:
+        """Add a recorded step. A skipped one, whose loss is not finite, does not count."""
+        if math.isfinite(loss):
+            self.num_steps += 1
+            self._loss_sum += loss
+            self._accuracy_sum += accuracy
+
+    def means(self) -> tuple[float, float]:
+        """Mean loss and accuracy over the recorded steps."""
+        return self._loss_sum / self.num_steps, self._accuracy_sum / self.num_steps
+
+    def seconds(self) -> float | None:
+        """How long it has taken; None if an earlier start began it."""
+        if self._seconds_from is None:
+            return None
+        return time.perf_counter() - self._seconds_from
 
 
 class _Speed:

@@ -14,7 +14,7 @@ from lrd import __version__, console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.checkpoint.async_writer import AsyncWriter
-from lrd.checkpoint.run_dir import RunDir
+from lrd.checkpoint.run_dir import RunDir, read_status
 from lrd.checkpoint.transfer import fetch_newest
 from lrd.data import datasets
 from lrd.data.batches import Batches
@@ -26,12 +26,15 @@ from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError, first_line
 from lrd.job import sharding
 from lrd.job.ema import WeightAverage
+from lrd.job.progress import describe_start
 from lrd.job.state import Job
-from lrd.parts.losses import build_loss
-from lrd.parts.models import build_model, residual_blocks
+from lrd.parts.checks import check_optimizer, check_schedule
+from lrd.parts.losses import build_loss, check_loss
+from lrd.parts.models import build_model, check_model, residual_blocks
 from lrd.parts.optimizers import build_optimizer
 from lrd.parts.schedules import Schedule, depends_on_length, total_steps
 from lrd.parts.sync_batchnorm import convert_sync_batchnorm
+from lrd.parts.weights import load_weights
 from lrd.recipe import named
 from lrd.tracking.tracker import Tracker, scalars_recorded_at
 
@@ -60,10 +63,16 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     dataset = communication.local_main_process_first(
         accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
     )
-    job = communication.run_on_all_ranks(lambda: build_job(recipe, accelerator, dataset, roll_call))
+    starts_anew = not _has_checkpoint(recipe)
+    job = communication.run_on_all_ranks(
+        lambda: build_job(recipe, accelerator, dataset, roll_call, starts_anew)
+    )
     job.sources = sources
     communication.require_equal_on_all_ranks(
-        {"data.fingerprint": job.result_settings["data.fingerprint"]}
+        {
+            "data.fingerprint": job.result_settings["data.fingerprint"],
+            "the file of model.weights": job.start_weights_digest,
+        }
     )
 
     # From here on the run directory is this run's.
@@ -83,13 +92,27 @@ def source_digest() -> str:
     return named.source_digest(Path(lrd.__file__).parent)
 
 
+def _has_checkpoint(recipe: recipes.Recipe) -> bool:
+    """Whether any rank sees a checkpoint in its run directory."""
+    has_one = communication.run_on_all_ranks(lambda: bool(store.list_steps(Path(recipe.run_dir))))
+    return any(communication.all_gather_object(has_one))
+
+
 def build_job(
     recipe: recipes.Recipe,
     accelerator: Accelerator,
     dataset: datasets.Dataset,
     roll_call: RollCall,
+    starts_anew: bool = True,
 ) -> Job:
-    """Data, network, optimizer and schedule, before anything of an earlier run is read."""
+    """Data, network, optimizer and schedule, before anything of an earlier run is read.
+
+    All parts that are the user's own are tried out here.
+
+    Args:
+        starts_anew: whether the run begins, with `model.weights` if the recipe names a file. The
+            weights of a run that goes on come from its checkpoint.
+    """
     device = accelerator.device
     num_classes = len(dataset.classes)
     if recipe.model.num_classes is not None and recipe.model.num_classes < num_classes:
@@ -110,6 +133,17 @@ def build_job(
     )
 
     model = build_model(recipe.model, num_classes, recipe.seed).to(device)
+    start_weights_digest = None
+    if starts_anew and recipe.model.weights is not None:
+        start_weights_digest = load_weights(model, recipe.model)
+    image_shape = tuple(dataset.train.pixels.shape[1:])  # (3, H, W)
+    check_model(model, recipe.model, image_shape, num_classes)
+
+    loss_function = build_loss(recipe.trainer, device)
+    check_loss(recipe.trainer, loss_function, recipe.model.num_classes or num_classes, device)
+    check_optimizer(model, recipe)
+    check_schedule(model, recipe, batches.steps_per_epoch)
+
     if recipe.model.sync_batchnorm:
         model = convert_sync_batchnorm(model, device)
     # A rank that is alone has nothing to share.
@@ -146,10 +180,11 @@ def build_job(
         raw_optimizer=optimizer,
         accelerated_optimizer=AcceleratedOptimizer(optimizer),
         schedule=schedule,
-        loss_function=build_loss(recipe.trainer),
+        loss_function=loss_function,
         total_steps=total_steps(recipe, batches.steps_per_epoch),
         result_settings=result_settings,
         sources={},
+        start_weights_digest=start_weights_digest,
         roll_call=roll_call,
         weight_average=_build_weight_average(model, recipe),
     )
@@ -170,6 +205,16 @@ def _build_weight_average(model: nn.Module, recipe: recipes.Recipe) -> WeightAve
 
 def _lock_run_dir(job: Job) -> None:
     job.run_dir = RunDir(Path(job.recipe.run_dir))
+    console.open_log(job.run_dir.path / "train.log")
+
+    # The lock was free, so a run that still says this of itself is gone.
+    status = read_status(job.run_dir.path)
+    if status is not None and status["state"] == "running":
+        console.log(
+            "the start before this one did not report its end: it was killed, or its host failed; "
+            f"it last reported step {status.get('step')}"
+        )
+    console.log(describe_start(job))
 
 
 def _resume(job: Job) -> None:
@@ -177,7 +222,7 @@ def _resume(job: Job) -> None:
     run_dir = Path(job.recipe.run_dir)
     fetch_newest(run_dir)
 
-    path, files = communication.run_on_main_process(lambda: _read_newest(run_dir))
+    path, files = communication.run_on_main_process(lambda: _read_newest(job.recipe))
     if not files:
         return
     communication.run_on_all_ranks(lambda: _load(job, path, files))
@@ -185,14 +230,20 @@ def _resume(job: Job) -> None:
     compare_replicas(job.raw_model, job.raw_optimizer, job.step)
 
 
-def _read_newest(run_dir: Path) -> tuple[Path, dict[str, bytes]]:
+def _read_newest(recipe: recipes.Recipe) -> tuple[Path, dict[str, bytes]]:
     """The files of the newest valid checkpoint. Only rank 0 reads; the others get what it read."""
+    run_dir = Path(recipe.run_dir)
     path, passed_over = store.recover_newest(run_dir)
     for line in passed_over:
         console.info(line)
     if path is not None:
         return path, store.read_files(path)
 
+    if passed_over and recipe.model.weights is not None:
+        raise UserError(
+            f"{run_dir}: no valid checkpoint is left; name another run_dir to start from "
+            "model.weights again"
+        )
     if passed_over:
         console.info(f"{run_dir}: no valid checkpoint is left; starting from the beginning")
     return run_dir, {}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lrd import console
 from lrd import recipe as recipes
-from lrd.checkpoint import store
+from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir
 from lrd.data.batches import Batches
@@ -25,6 +25,7 @@ from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
 from lrd.job.ema import WeightAverage
+from lrd.parts import random_layers
 from lrd.parts.schedules import Schedule
 from lrd.tracking.tracker import Tracker
 
@@ -52,6 +53,7 @@ class Job:
         result_settings: all settings that affect the results, as `section.key` -> value, and the
             data's fingerprint. A resume compares them with those of the checkpoint.
         sources: a digest of the source files of each own part that the recipe names.
+        start_weights_digest: SHA-256 of the file `model.weights`; None if it was not read.
         roll_call: answers for this rank when another one is lost.
         weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
@@ -77,6 +79,7 @@ class Job:
     sources: dict[str, str]
     roll_call: RollCall
 
+    start_weights_digest: str | None = None
     weight_average: WeightAverage | None = None
     run_dir: RunDir | None = None
     tracker: Tracker | None = None
@@ -137,6 +140,20 @@ class Job:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, labels
 
+    def seed_layers(self, step: int, micro_step: int) -> None:
+        """Seed what random layers and losses draw from, before the forward pass of a micro step.
+
+        It does nothing where no part of the user's or of another package could draw.
+        """
+        if random_layers.needs_seeds(self.recipe):
+            random_layers.seed_generators(
+                seed=self.recipe.seed,
+                step=step,
+                micro_step=micro_step,
+                rank=self.accelerator.process_index,
+                device=self.accelerator.device,
+            )
+
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which backward passes accumulate this rank's gradients alone."""
         if self.is_sharded:
@@ -193,10 +210,29 @@ class Job:
             "world_size": self.accelerator.num_processes,
         }
         ema = None if self.weight_average is None else self.weight_average.state_dict()
-        state = store.TrainState(model, optimizer, trainer, ema)
+        state = store.TrainState(model, optimizer, trainer, ema, self._describe_network())
         if self.is_sharded:
             state = sharding.gather_state(state, is_kept=self.accelerator.is_main_process)
         return state
+
+    def _describe_network(self) -> dict[str, Any]:
+        """What inference needs to know, for `config.json`."""
+        config = network_config.describe_network(
+            recipe=self.recipe,
+            classes=self.dataset.classes,
+            mean=self.batches.mean,
+            std=self.batches.std,
+            image_size=self.dataset.train.pixels.shape[2:],
+            world_size=self.accelerator.num_processes,
+        )
+        return network_config.with_results(
+            config,
+            step=self.step,
+            epoch=self.step // self.batches.steps_per_epoch,
+            evaluated=self.last_eval_step,
+            metrics=self.last_eval_metrics,
+            best=self.best,
+        )
 
     def load_train_state(self, state: store.TrainState, path: Path) -> None:
         """Go on from a checkpoint.
