@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lrd import philox
 from lrd import recipe as recipes
-from lrd.data.datasets import Images
+from lrd.data.images import Images
 from lrd.errors import UserError
+from lrd.memory import require_memory
 from lrd.philox import Domain
 
 
@@ -84,6 +85,11 @@ class Batches:
             self.padding = width // 8 if section.padding is None else section.padding
         self._padded_height = height + 2 * self.padding  # pixels
         self._padded_width = width + 2 * self.padding  # pixels
+        require_memory(
+            num_bytes=3 * self.micro_batch_size * self._padded_height * self._padded_width,
+            key=f"data.padding: is {self.padding}",
+            what=f"{self.micro_batch_size:,} padded images",
+        )
         self._row_offsets = self._crop_row_offsets().to(images.pixels.device)  # int64 (B, 3 * H)
 
         # The caches hold two epochs, so that an epoch is still there while the next one begins.
@@ -128,8 +134,7 @@ class Batches:
         Returns:
             float32 of the same shape.
         """
-        # In place: one allocation of a batch's size instead of three.
-        return pixels.float().sub_(self.mean).div_(self.std)
+        return normalize(pixels, self.mean, self.std)
 
     def _locate(self, step: int, micro_step: int) -> tuple[int, slice]:
         """Find the epoch, and the positions of this rank's samples in the epoch's order."""
@@ -236,6 +241,21 @@ class Batches:
         runs = padded.flatten().unfold(0, width, 1)  # uint8 (bytes - W + 1, W), a view
         starts = self._row_offsets + corners[:, None]  # int64 (B, 3 * H)
         return runs.index_select(0, starts.flatten()).view(pixels.shape)
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Subtract the mean of each channel and divide by its standard deviation.
+
+    Args:
+        pixels: uint8 (any number, 3, H, W).
+        mean: float32 (3, 1, 1).
+        std: float32 (3, 1, 1).
+
+    Returns:
+        float32 of the shape of `pixels`.
+    """
+    # In place: one allocation of a batch's size instead of three.
+    return pixels.float().sub_(mean).div_(std)
 
 
 def _check_batch_size(

@@ -1,133 +1,29 @@
-"""Data sets in memory as uint8: digits, CIFAR-10 and -100, folders of images, synthetic noise."""
+"""Data sets in memory as uint8: digits, CIFAR, folders of images, noise, and the user's own."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lrd import philox
 from lrd import recipe as recipes
 from lrd.data.folder_lock import one_process_at_a_time
 from lrd.data.image_folder import list_folder, read_folder
+from lrd.data.images import Dataset, Images, count_held_out
+from lrd.data.own_data import load_own_data
 from lrd.errors import UserError, first_line
+from lrd.memory import require_memory
 from lrd.philox import Domain
+from lrd.recipe.schema import is_own
 from lrd.torchvision_compat import torchvision
 
+__all__ = ["Dataset", "Images", "count_training_images", "load_dataset"]
+
 _WORD_BYTES = philox.WORD_BITS // 8
-
-
-@dataclass(frozen=True)
-class Images:
-    """Labelled images.
-
-    Attributes:
-        pixels: uint8 (N, 3, H, W).
-        labels: int64 (N,).
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> Images:
-        """Copy pixels and labels to a device."""
-        return Images(self.pixels.to(device), self.labels.to(device))
-
-    def select(self, indices: Tensor) -> Images:
-        """Copy the images with these indices, int64 (M,)."""
-        return Images(self.pixels[indices], self.labels[indices])
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Labelled images in memory, and the names of the classes.
-
-    Attributes:
-        train: training images.
-        test: test images.
-        classes: name of each class, by its label.
-        validation: images held out from the training images; None if there are none.
-    """
-
-    train: Images
-    test: Images
-    classes: tuple[str, ...]
-    validation: Images | None = None
-
-    @property
-    def evaluated_parts(self) -> dict[str, Images]:
-        """The parts on which the network is evaluated: `test`, and `validation` if there is one."""
-        if self.validation is None:
-            return {"test": self.test}
-        return {"test": self.test, "validation": self.validation}
-
-    def to(self, device: torch.device) -> Dataset:
-        """Copy all images to a device."""
-        return Dataset(
-            train=self.train.to(device),
-            test=self.test.to(device),
-            classes=self.classes,
-            validation=None if self.validation is None else self.validation.to(device),
-        )
-
-    def hold_out(self, fraction: float, seed: int) -> Dataset:
-        """Move a part of the training images to `validation`.
-
-        Which images these are is a function of the seed and their number. Both parts keep the
-        order of the training images.
-
-        Args:
-            fraction: of the training images, in (0, 1); rounded to a number of images.
-            seed: the seed of the recipe.
-
-        Raises:
-            UserError: this would be none of the images, or all of them.
-        """
-        count = len(self.train)
-        num_held_out = round(fraction * count)
-        if not 0 < num_held_out < count:
-            raise UserError(
-                f"data.validation: is {fraction}, which is {num_held_out} of "
-                f"{count} training images"
-            )
-
-        words = philox.words(
-            seed,
-            Domain.VALIDATION,
-            position=(0, 0, 0),
-            first_block=0,
-            n_blocks=-(-count // philox.WORDS_PER_BLOCK),
-        )
-        order = torch.from_numpy(np.argsort(words[:count], kind="stable"))  # int64 (N,)
-        held_out = order[:num_held_out].sort().values
-        kept = order[num_held_out:].sort().values
-
-        return Dataset(
-            train=self.train.select(kept),
-            test=self.test,
-            classes=self.classes,
-            validation=self.train.select(held_out),
-        )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all pixels and labels, by which hosts check that they have the same data."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.test, self.validation):
-            if part is None:
-                continue
-            for tensor in (part.pixels, part.labels):
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def load_dataset(section: recipes.Data, seed: int) -> Dataset:
@@ -141,42 +37,37 @@ def load_dataset(section: recipes.Data, seed: int) -> Dataset:
         The data set, on the host.
 
     Raises:
-        UserError: the data set is missing, empty or damaged, or cannot be downloaded.
+        UserError: the data set is missing, empty or damaged, cannot be downloaded, or has only one
+            class.
     """
     dataset = _load_all(section, seed)
     if section.validation > 0.0:
         dataset = dataset.hold_out(section.validation, seed)
+
+    labels = dataset.train.labels
+    if bool((labels == labels[0]).all()):  # the loss would be zero after a few steps
+        name = dataset.classes[int(labels[0])]
+        raise UserError(
+            f"data.dataset: all training images of {section.dataset} are of one class, {name!r}; "
+            "training needs at least two"
+        )
     return dataset
 
 
-def _load_all(section: recipes.Data, seed: int) -> Dataset:
-    """Load the training and test images."""
-    if section.dataset == "imagefolder":
-        return _load_image_folder(section)
-
-    if section.dataset == "digits":
-        dataset = _load_digits()
-    elif section.dataset == "synthetic":
-        dataset = _make_synthetic(section, seed)
-    else:
-        dataset = _load_cifar(section)
-
-    size = section.image_size
-    if size is None or size == dataset.train.pixels.shape[-1]:
-        return dataset
-    return Dataset(_resize(dataset.train, size), _resize(dataset.test, size), dataset.classes)
-
-
-def count_training_images(section: recipes.Data) -> int:
+def count_training_images(section: recipes.Data, seed: int) -> int:
     """Count the training images of a recipe's data set, if possible without reading them.
 
     Args:
         section: the `data` section of the recipe.
+        seed: the seed of the recipe.
 
     Raises:
-        UserError: the folder of images is missing.
+        UserError: the folder of images is missing, the user's own data set cannot be loaded, or no
+            images would be left.
     """
-    if section.dataset == "imagefolder":
+    if is_own(section.dataset):
+        count = len(load_own_data(section, seed).train)
+    elif section.dataset == "imagefolder":
         files, _ = list_folder(Path(section.root) / "train")
         count = len(files)
     elif section.dataset == "digits":
@@ -186,7 +77,32 @@ def count_training_images(section: recipes.Data) -> int:
     else:
         count = 50_000  # CIFAR-10 and CIFAR-100
 
-    return count - round(section.validation * count)
+    if section.validation > 0.0:
+        count -= count_held_out(section.validation, count)
+    return count
+
+
+def _load_all(section: recipes.Data, seed: int) -> Dataset:
+    """Load the training and test images."""
+    if section.dataset == "imagefolder":
+        return _load_image_folder(section)
+
+    if is_own(section.dataset):
+        dataset = load_own_data(section, seed)
+    elif section.dataset == "digits":
+        dataset = _load_digits()
+    elif section.dataset == "synthetic":
+        dataset = _make_synthetic(section, seed)
+    else:
+        dataset = _load_cifar(section)
+
+    if section.image_size is None:
+        return dataset
+    return Dataset(
+        train=_resize(dataset.train, section.image_size),
+        test=_resize(dataset.test, section.image_size),
+        classes=dataset.classes,
+    )
 
 
 def _load_digits() -> Dataset:
@@ -252,11 +168,37 @@ def _load_cifar(section: recipes.Data) -> Dataset:
 def _load_image_folder(section: recipes.Data) -> Dataset:
     """Load `train/` and `test/` under `section.root`; test images get the training images' size."""
     root = Path(section.root)
-    train_pixels, train_labels, classes = read_folder(
+    classes = _check_folders(root)
+    train_pixels, train_labels, _ = read_folder(
         root / "train", section.image_size, section.skip_corrupt
     )
     size = train_pixels.shape[-1]
-    test_pixels, test_labels, test_classes = read_folder(root / "test", size, section.skip_corrupt)
+    test_pixels, test_labels, _ = read_folder(root / "test", size, section.skip_corrupt)
+
+    train = Images(train_pixels, train_labels)
+    test = Images(test_pixels, test_labels)
+    return Dataset(train, test, classes)
+
+
+def _check_folders(root: Path) -> tuple[str, ...]:
+    """Check the structure of a folder of images, before images are decoded, which may take hours.
+
+    Returns:
+        The names of the classes.
+
+    Raises:
+        UserError: a folder or an image is missing, or the classes differ, or there is only one.
+    """
+    _, classes = list_folder(root / "train")
+
+    if not (root / "test").exists():
+        for name in ("val", "valid", "validation"):
+            if (root / name).is_dir():
+                raise UserError(
+                    f"data.root: there is no folder {root}/test, but {root}/{name}; rename it to "
+                    f"test, or link it: ln -s {name} {root}/test"
+                )
+    _, test_classes = list_folder(root / "test")
 
     if classes != test_classes:
         unpaired = ", ".join(sorted(set(classes) ^ set(test_classes)))
@@ -264,10 +206,11 @@ def _load_image_folder(section: recipes.Data) -> Dataset:
             f"data.root: {root}/train and {root}/test have different classes; "
             f"only in one of them: {unpaired}"
         )
-
-    train = Images(train_pixels, train_labels)
-    test = Images(test_pixels, test_labels)
-    return Dataset(train, test, classes)
+    if len(classes) < 2:
+        raise UserError(
+            f"data.root: {root}/train has only one class, {classes[0]}; training needs at least two"
+        )
+    return classes
 
 
 def _make_synthetic(section: recipes.Data, seed: int) -> Dataset:
@@ -275,6 +218,11 @@ def _make_synthetic(section: recipes.Data, seed: int) -> Dataset:
     size = section.image_size or 32
     num_train = section.num_samples
     num_test = max(1, section.num_samples // 5)
+    require_memory(
+        num_bytes=(num_train + num_test) * 3 * size * size,
+        key=f"data.num_samples: is {num_train}, data.image_size: is {size}",
+        what="the images",
+    )
 
     parts = []
     for part, count in enumerate((num_train, num_test)):
@@ -295,6 +243,14 @@ def _make_synthetic(section: recipes.Data, seed: int) -> Dataset:
 
 def _resize(images: Images, size: int) -> Images:
     """Resize images to `size` x `size` pixels."""
+    if images.pixels.shape[2:] == (size, size):
+        return images
+    require_memory(
+        num_bytes=len(images) * 3 * size * size,
+        key=f"data.image_size: is {size}",
+        what=f"{len(images):,} images",
+    )
+
     from torchvision.transforms.v2.functional import resize  # only here: its import takes a while
 
     return Images(resize(images.pixels, [size, size], antialias=True), images.labels)

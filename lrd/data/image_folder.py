@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lrd import console
 from lrd.data.folder_lock import one_process_at_a_time
 from lrd.errors import UserError, first_line
+from lrd.memory import require_memory
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 )
 _DIGEST_BYTES = 32
+_DECODING_VERSION = 2  # goes up when the same file is decoded to other pixels
 
 
 def read_folder(
@@ -75,7 +81,10 @@ def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     names = []
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.name.startswith("."):
+            _require_utf8(entry)
             names.append(entry.name)
+        elif entry.is_symlink() and not entry.exists():
+            raise UserError(f"data.root: {entry} is a link to something that does not exist")
     classes = tuple(sorted(names))
 
     files_of_class = [_image_files(folder / name) for name in classes]
@@ -91,6 +100,18 @@ def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     return labelled_files, classes
 
 
+def _require_utf8(folder: Path) -> None:
+    """Refuse a class that cannot be recorded: its name goes into checkpoints and tables."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(folder.name)
+        raise UserError(
+            f"data.root: a class folder in {folder.parent} has the name {name!r}, "
+            "which is not UTF-8; rename it"
+        ) from None
+
+
 def _image_files(folder: Path) -> list[Path]:
     """List the image files in one folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -100,8 +121,8 @@ def _first_image_height(files: list[tuple[Path, int]], skip_corrupt: bool) -> in
     """Height in pixels of the first image that can be opened."""
     for path, _ in files:
         try:
-            with Image.open(path) as image:
-                return image.height
+            with _open(path) as image:
+                return _upright(image).height
         except Exception as error:
             if not skip_corrupt:
                 raise _corrupt_file_error(path, error) from None
@@ -126,10 +147,19 @@ def _decode_all(
     Raises:
         UserError: a file cannot be decoded, or no file of a class can.
     """
+    require_memory(
+        num_bytes=len(files) * 3 * size * size,
+        key=f"data.image_size: is {size}",
+        what=f"{len(files):,} images of {folder}",
+    )
     pixels = np.empty((len(files), 3, size, size), dtype=np.uint8)
     labels: list[int] = []
+    oddities: Counter[str] = Counter()
 
-    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it decodes
+    # Pillow releases the interpreter's lock while it decodes. It warns of images that are large and
+    # not too large, and refuses those of more than 179 million pixels.
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         images = pool.map(lambda file: _decode(file[0], size), files)
         files_and_images = zip(files, images, strict=True)
         for (path, label), image in console.track(
@@ -143,8 +173,12 @@ def _decode_all(
                 console.info(f"{path}: not a readable image ({reason}); left out")
                 continue
 
-            pixels[len(labels)] = image
+            pixels[len(labels)] = image.pixels
             labels.append(label)
+            oddities.update(image.oddities)
+
+    for oddity, count in sorted(oddities.items()):
+        console.info(f"{folder}: {count:,} of {len(labels):,} images {oddity}")
 
     decoded_labels = set(labels)
     for label, name in enumerate(classes):
@@ -153,26 +187,110 @@ def _decode_all(
     return {"pixels": torch.from_numpy(pixels[: len(labels)]), "labels": torch.tensor(labels)}
 
 
-def _decode(path: Path, size: int) -> NDArray[np.uint8] | Exception:
+@dataclass(frozen=True)
+class _Decoded:
+    """One image.
+
+    Attributes:
+        pixels: uint8 (3, size, size).
+        oddities: what a user may want to know about it, to follow "12 of 100 images".
+    """
+
+    pixels: NDArray[np.uint8]
+    oddities: list[str]
+
+
+def _decode(path: Path, size: int) -> _Decoded | Exception:
     """Decode one file.
 
     Returns:
-        uint8 (3, size, size), or the error.
+        The image, or the error.
     """
     try:
-        with Image.open(path) as image:
-            rgb = _to_rgb(image)
-        if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(rgb).transpose(2, 0, 1)
+        with _open(path) as image:
+            oddities = []
+            if image.width != image.height:
+                oddities.append(f"are not square; they are resized to {size} x {size} all the same")
+            if getattr(image, "is_animated", False):
+                oddities.append("have several frames; the first one is taken")
+            return _Decoded(to_pixels(image, size, size), oddities)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         return error
 
 
+def _open(path: Path) -> Image.Image:
+    """Open an image file.
+
+    Raises:
+        Exception: it cannot be opened, or is no file: to open a FIFO would wait for a writer.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("is not a file")
+    return Image.open(path)
+
+
+def to_pixels(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """Convert an image of any mode to upright RGB and resize it where its size is another.
+
+    Returns:
+        uint8 (3, height, width).
+
+    Raises:
+        ValueError: its values have no range that lrd knows.
+    """
+    rgb = _to_rgb(_upright(image))
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
+    """Read one image file, as a folder of them is read.
+
+    Returns:
+        uint8 (3, height, width).
+
+    Raises:
+        UserError: there is no such file, or it is no image.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such image file")
+    try:
+        with _open(path) as image:
+            return to_pixels(image, height, width)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        reason = _describe_decode_error(error)
+        raise UserError(f"{path}: not a readable image ({reason})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say that the camera was held."""
+    with suppress(Exception):  # damaged EXIF data: Pillow raises nearly anything
+        return ImageOps.exif_transpose(image)
+    return image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB with 8 bits a channel."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray values at 255
+    """Convert an image of any mode to RGB with 8 bits a channel.
+
+    Pillow would clip 16-bit gray values and floats at 255.
+
+    Raises:
+        ValueError: floats beyond [0, 1], or integers of more than 16 bits.
+    """
+    is_16_bit_png = image.mode == "I" and image.format == "PNG"  # of an older Pillow
+    if image.mode.startswith("I;16") or is_16_bit_png:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0.0 and values.max() <= 1.0):
+            raise ValueError(
+                f"its values are floats from {values.min():g} to {values.max():g}, "
+                "should be from 0 to 1; or save it with 8 or 16 bits"
+            )
+        image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError("its values are 32-bit integers; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -198,13 +316,15 @@ def _cache_path(
     added or removed file leads to a new cache. The cache is beside the folder, or in the user's
     cache directory if the place beside the folder is not writable.
     """
-    digest = hashlib.sha256(f"{folder.resolve()} {size} {skip_corrupt}".encode())
+    settings = f"{folder.resolve()} {size} {skip_corrupt} {_DECODING_VERSION}"
+    digest = hashlib.sha256(settings.encode(errors="surrogateescape"))
     for path, _ in files:
         try:
             stat = path.stat()
         except OSError:  # a dangling link; decoding will find that it cannot be read
             continue
-        digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        line = f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     name = f"{folder.name}-{digest.hexdigest()[:16]}.cache"
 
     if os.access(folder.parent, os.W_OK):

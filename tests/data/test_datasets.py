@@ -4,17 +4,20 @@ import hashlib
 import pickle
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lrd import recipe as recipes
-from lrd.data import datasets
-from lrd.data.datasets import Dataset, Images
+from lrd.data import Dataset, Images, datasets, image_folder
+from lrd.data.batches import Batches
 from lrd.errors import UserError
 from lrd.torchvision_compat import torchvision
+from tests.clients.reference import philox_block
 from tests.helpers.synthetic_data import SIZE, data_section
 
 
@@ -82,9 +85,9 @@ def test_an_image_size_that_the_images_have_changes_nothing(digits):
     assert same_size.fingerprint() == digits.fingerprint()
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("part", ["train", "test", "validation"])
 def test_fingerprint_changes_with_one_pixel_or_label(part):
-    dataset = datasets.load_dataset(data_section(), seed=0)
+    dataset = datasets.load_dataset(data_section(validation=0.2), seed=0)
     images = getattr(dataset, part)
     other_pixels = images.pixels.clone()
     other_pixels[-1, 2, -1, -1] ^= 1
@@ -100,7 +103,164 @@ def test_fingerprint_changes_with_one_pixel_or_label(part):
 def test_training_images_are_counted_without_reading_them(dataset):
     section = data_section(dataset=dataset)
     images = datasets.load_dataset(section, seed=0).train
-    assert datasets.count_training_images(section) == len(images)
+    assert datasets.count_training_images(section, seed=0) == len(images)
+
+    section = data_section(dataset=dataset, validation=0.3)
+    images = datasets.load_dataset(section, seed=0).train
+    assert datasets.count_training_images(section, seed=0) == len(images)
+
+
+def test_images_of_one_class_are_refused():
+    with pytest.raises(UserError, match=r"^data\.dataset: .* synthetic are of one class, '0'"):
+        datasets.load_dataset(data_section(num_samples=1), seed=0)
+
+
+# Images held out for validation
+
+
+def number_images(count: int) -> Dataset:
+    """Images that hold their own number, in their pixels and their labels."""
+    numbers = torch.arange(count)
+    pixels = numbers.to(torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+    images = Images(pixels, numbers)
+    return Dataset(images, images, classes=tuple(str(i) for i in range(count)))
+
+
+def held_out_numbers(count: int, fraction: float, seed: int) -> list[int]:
+    return number_images(count).hold_out(fraction, seed).validation.labels.tolist()
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.1, 20), (0.333, 67), (0.99, 198)])
+def test_held_out_images_and_the_rest_are_all_images_in_their_order(fraction, expected):
+    dataset = number_images(200)
+    parted = dataset.hold_out(fraction, seed=3)
+    train = parted.train.labels.tolist()
+    held_out = parted.validation.labels.tolist()
+
+    assert len(held_out) == expected
+    assert sorted(train + held_out) == list(range(200))
+    assert train == sorted(train)
+    assert held_out == sorted(held_out)
+    for images in (parted.train, parted.validation):
+        assert torch.equal(images.pixels[:, 2, 1, 0].long(), images.labels)
+    assert parted.test is dataset.test
+    assert parted.classes == dataset.classes
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1])
+def test_held_out_images_are_those_with_the_smallest_keys_of_philox(seed):
+    count = 50
+    words = []
+    for block in range(13):
+        bits = philox_block((block, 0, 0, 0), (seed, 4))
+        words += [bits >> 64 * i & (1 << 64) - 1 for i in range(4)]
+
+    by_key = sorted(range(count), key=lambda i: words[i])
+    assert held_out_numbers(count, 0.2, seed) == sorted(by_key[:10])
+    # A larger part contains the smaller one.
+    assert held_out_numbers(count, 0.3, seed) == sorted(by_key[:15])
+
+
+def test_each_image_is_held_out_about_equally_often():
+    counts = Counter()
+    for seed in range(1000):
+        counts.update(held_out_numbers(40, 0.25, seed))
+    # 250 times on average, with a standard deviation of 14: 5 of them.
+    assert all(abs(counts[number] - 250) < 70 for number in range(40))
+
+
+def test_held_out_images_are_the_same_on_any_number_of_ranks(monkeypatch):
+    section = data_section(validation=0.2, batch_size=40)
+    dataset = datasets.load_dataset(section, seed=7)
+    assert len(dataset.train) == 80
+    assert len(dataset.validation) == 20
+
+    seen = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        of_rank = datasets.load_dataset(section, seed=7)
+        assert of_rank.fingerprint() == dataset.fingerprint()
+        batches = Batches(of_rank.train, section, seed=7, rank=rank, world_size=2)
+        seen += [i for step in range(2) for i in batches.indices(step).tolist()]
+    assert sorted(seen) == list(range(80))
+
+
+def test_the_fingerprint_tells_what_is_held_out():
+    dataset = number_images(100)
+    fingerprints = {dataset.fingerprint()}
+    for fraction, seed in ((0.1, 0), (0.1, 1), (0.2, 0)):
+        parted = dataset.hold_out(fraction, seed)
+        fingerprints.add(parted.fingerprint())
+        assert dataset.hold_out(fraction, seed).fingerprint() == parted.fingerprint()
+    assert len(fingerprints) == 4
+
+
+def test_held_out_images_are_evaluated_and_moved_with_the_others():
+    dataset = number_images(10)
+    assert list(dataset.evaluated_parts) == ["test"]
+
+    parted = dataset.hold_out(0.5, seed=0).to(torch.device("cpu"))
+    assert list(parted.evaluated_parts) == ["test", "validation"]
+    assert parted.evaluated_parts["validation"] is parted.validation
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_a_part_that_is_nothing_or_everything_is_refused(fraction):
+    section = data_section(validation=fraction)
+    for load in (datasets.load_dataset, datasets.count_training_images):
+        with pytest.raises(UserError, match=rf"^data\.validation: is {fraction}, .* of 100 "):
+            load(section, 0)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan"), True, "half"])
+def test_a_part_that_is_no_part_is_refused(fraction):
+    with pytest.raises(UserError, match=r"^r\.yaml: data\.validation: "):
+        recipes.parse({"data": {"validation": fraction}}, "r.yaml")
+
+
+# The structure of a folder of images
+
+
+def save_images(root: Path, *classes: str) -> None:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (10, 20, 30)).save(root / name / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["train/a", "train/b"], ["/test is not a folder"]),
+        (["train/a", "train/b", "val/a", "val/b"], ["/test", "/val;", "ln -s val "]),
+        (["train/a", "train/b", "valid/a", "valid/b"], ["/test", "/valid;", "ln -s valid "]),
+        (["train/a", "train/b", "test/a"], ["different classes", "b"]),
+        (["train/a", "test/a"], ["/train has only one class, a"]),
+        (["val/a", "val/b"], ["/train is not a folder"]),
+    ],
+)
+def test_a_folder_of_images_is_checked_before_any_of_them_is_decoded(
+    tmp_path, monkeypatch, classes, expected
+):
+    save_images(tmp_path, *classes)
+    monkeypatch.setattr(image_folder, "_decode_all", lambda *_: pytest.fail("images are decoded"))
+
+    with pytest.raises(UserError) as caught:
+        datasets.load_dataset(recipes.Data(dataset="imagefolder", root=str(tmp_path)), seed=0)
+
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("data.root: ")
+    for text in expected:
+        assert text in line
+
+
+def test_a_test_folder_beside_val_is_taken(tmp_path):
+    save_images(tmp_path, "train/a", "train/b", "val/a", "test/a", "test/b")
+    section = recipes.Data(dataset="imagefolder", root=str(tmp_path))
+    assert len(datasets.load_dataset(section, seed=0).test) == 2
+
+
+# CIFAR
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
