@@ -35,7 +35,7 @@ from lrd import console, recipe
 from lrd.data import datasets
 from lrd.data.batches import Batches
 from lrd.data.datasets import Images
-from lrd.parts.models import ResNet
+from lrd.parts.resnet import ResNet
 from lrd.torchvision_compat import torchvision
 
 NUM_IMAGES = 50_000

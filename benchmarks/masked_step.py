@@ -25,7 +25,7 @@ from torch import nn
 
 import lrd
 from lrd import console
-from lrd.parts.models import ResNet
+from lrd.parts.resnet import ResNet
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4},

@@ -24,10 +24,10 @@ from torch import Tensor
 from lrd import console, recipe
 from lrd.distributed import accelerator, communication
 from lrd.distributed.roll_call import RollCall
-from lrd.parts.models import residual_blocks
 from lrd.job.setup import set_up
 from lrd.job.state import Job
 from lrd.optim import placement
+from lrd.parts.models import residual_blocks
 from lrd.train import forward_backward
 
 WAYS = {"copies": "none", "shards": "full"}

@@ -48,7 +48,7 @@ COMMANDS = {
 BARE_SCRIPT = """
 import time, torch
 from accelerate import Accelerator
-from lrd.parts.models import ResNet
+from lrd.parts.resnet import ResNet
 
 accelerator = Accelerator(cpu=True)
 network = ResNet()

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrd
 from lrd import console
-from lrd.parts.models import ResNet
+from lrd.parts.resnet import ResNet
 
 IMAGE_SIZE = 32  # pixels a side
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that measure the peak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 EXIT_OK = 0
@@ -40,6 +41,12 @@ def first_line(error: BaseException) -> str:
         text = error.strerror
     lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def summarize(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are: `a, b, c and 4 more`."""
+    text = ", ".join(names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
 
 
 def describe_os_error(error: OSError) -> str:

@@ -2,14 +2,134 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lrd import console
 from lrd import recipe as recipes
+from lrd.errors import UserError
+from lrd.recipe.named import call_named, check_arguments, import_callable
+from lrd.recipe.schema import is_own
+
+# Of logits, float (N, C), and labels, int64 (N,): the mean over the batch, float ().
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+_KEY = "trainer.loss"
+_CHECKED_SAMPLES = 8
 
 
-def build_loss(section: recipes.Trainer) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss that a recipe names: of logits, float (N, C), and labels, int64 (N,), its mean ()."""
-    return partial(nn.functional.cross_entropy, label_smoothing=section.label_smoothing)
+def build_loss(section: recipes.Trainer, device: torch.device | None = None) -> LossFunction:
+    """The loss that a recipe names.
+
+    Args:
+        section: the recipe's `trainer`.
+        device: where an own `nn.Module` has its buffers, such as weights of the classes.
+
+    Raises:
+        UserError: it cannot be imported, or has parameters of its own.
+    """
+    if not is_own(section.loss):
+        return partial(nn.functional.cross_entropy, label_smoothing=section.label_smoothing)
+
+    name = section.loss
+    function: Any = import_callable(name, _KEY)
+    if inspect.isclass(function):
+        if not issubclass(function, nn.Module):
+            raise UserError(f"{_KEY}: {name} is a class, but not a torch.nn.Module")
+        check_arguments(name, "trainer", function, [])
+        function = call_named(name, _KEY, function)
+    if isinstance(function, nn.Module):
+        _refuse_parameters(name, function)
+        function = function.to(device)
+
+    loss_function: LossFunction = function
+    return loss_function
+
+
+def _refuse_parameters(name: str, module: nn.Module) -> None:
+    for parameter, _ in module.named_parameters():
+        raise UserError(
+            f"{_KEY}: {name} has a parameter, {parameter}, which would be neither trained nor "
+            "saved; make it part of the network, or a buffer"
+        )
+
+
+def check_loss(
+    section: recipes.Trainer,
+    loss_function: LossFunction,
+    num_classes: int,
+    device: torch.device | None = None,
+) -> None:
+    """Try a loss of the user's own on a few logits.
+
+    If it is no mean over the batch, a line says so: the ranks' gradients are averaged, so that it
+    would be another loss on another number of ranks.
+
+    Args:
+        section: the recipe's `trainer`.
+        loss_function: as `build_loss` has made it.
+        num_classes: size of the network's output.
+        device: of the logits.
+
+    Raises:
+        UserError: it fails, is not a finite number, has no gradient in the logits, or two calls
+            differ.
+    """
+    if not is_own(section.loss):
+        return
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(_CHECKED_SAMPLES, num_classes, generator=generator).to(device)  # (N, C)
+    labels = torch.randint(num_classes, (_CHECKED_SAMPLES,), generator=generator).to(device)  # (N,)
+    logits.requires_grad_()
+
+    def call(logits: Tensor, labels: Tensor) -> Any:
+        return call_named(section.loss, _KEY, lambda: loss_function(logits, labels))
+
+    loss = call(logits, labels)
+    gradient = _check_value(section.loss, loss, logits)
+
+    again = call(logits, labels)
+    gradient_again = _check_value(section.loss, again, logits)
+    if not (torch.equal(loss, again) and torch.equal(gradient, gradient_again)):
+        raise UserError(f"{_KEY}: {section.loss}: two calls with the same batch differ")
+
+    # Both halves of this batch are the same, so that the mean of each is the mean of both.
+    twice = call(torch.cat([logits, logits]), torch.cat([labels, labels]))
+    if not torch.allclose(twice, loss, rtol=1e-3):
+        console.info(
+            f"{_KEY}: {section.loss} is not a mean over the batch ({loss.item():.4g}, and "
+            f"{twice.item():.4g} for a batch of the same images twice): the gradient depends on "
+            "the number of ranks and of accumulation steps"
+        )
+
+
+def _check_value(name: str, loss: Any, logits: Tensor) -> Tensor:
+    """Refuse what is not a finite scalar with a gradient; return the gradient, of `logits`' shape.
+
+    Raises:
+        UserError: the line says what it is.
+    """
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise UserError(
+            f"{_KEY}: {name} returns a {type(loss).__name__}{shape}, not a tensor of shape (); "
+            "take the mean over the batch"
+        )
+    if not loss.isfinite():
+        raise UserError(f"{_KEY}: {name} is {loss.item()} for logits near 0")
+    if not loss.requires_grad:
+        raise UserError(f"{_KEY}: {name} has no gradient: it does not depend on the logits")
+
+    gradients = call_named(name, _KEY, lambda: torch.autograd.grad(loss, logits, allow_unused=True))
+    gradient: Tensor | None = gradients[0]
+    if gradient is None or not gradient.any():
+        raise UserError(f"{_KEY}: {name} has no gradient: it does not depend on the logits")
+    if not gradient.isfinite().all():
+        raise UserError(f"{_KEY}: the gradient of {name} is not finite for logits near 0")
+    return gradient

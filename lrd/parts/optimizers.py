@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from lrd import recipe as recipes
 from lrd.errors import UserError, first_line
 from lrd.optim.dropout import LRDropout
 from lrd.optim.magma import Magma
+from lrd.parts.argument_types import check_argument_types
+from lrd.recipe.named import call_named, check_arguments, import_callable
+from lrd.recipe.schema import is_own
 
 NAMES = (
     "SGD",
@@ -42,24 +46,126 @@ UNSUPPORTED = {
 # What torch raises for an argument with a wrong value.
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError)
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+# By number of dimensions: the shape of a parameter on which an optimizer is tried out.
+_TINY_SHAPES: dict[int, tuple[int, ...]] = {
+    0: (),
+    1: (7,),
+    2: (6, 5),
+    3: (4, 3, 2),
+    4: (4, 3, 2, 2),
+}
+
+Group = dict[str, Any]  # a parameter group, as torch's optimizers take it
+
 
 def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
     """The optimizer that a recipe names, with its `lr_dropout` attached if it has this section.
 
     Each parameter group has a `name`. The parameters that no pattern matches come first, then the
-    groups in the order of the recipe.
+    groups in the order of the recipe. With `decay_norms_and_biases: false`, each group is followed
+    by its parameters without weight decay, `<name>_no_decay`, which has the key `split_from`.
 
     Args:
         model: the network whose parameters are optimized.
         recipe: its sections `optimizer` and `lr_dropout` are used, and `seed`.
 
     Raises:
-        UserError: if the optimizer or an argument is unknown, torch refuses a value, or a pattern
+        UserError: if the optimizer or an argument is unknown, a value is refused, or a pattern
             matches no parameter.
     """
-    section = recipe.optimizer
-    cls = _optimizer_class(section.name)
+    optimizer = _make_optimizer(_build_groups(model, recipe.optimizer), recipe.optimizer)
+    if recipe.lr_dropout is not None:
+        _attach_lr_dropout(optimizer, recipe.lr_dropout, recipe.mask_seed)
+    return optimizer
 
+
+def build_tiny_optimizer(
+    model: nn.Module, recipe: recipes.Recipe, *, with_lr_dropout: bool
+) -> Optimizer:
+    """An optimizer as `build_optimizer` makes it, but of a few small parameters, to try it out.
+
+    Each group has a parameter of each number of dimensions that occurs in it, with the same normal
+    values at every call, on the network's device; and one more where a parameter is frozen.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+
+    groups = _build_groups(model, recipe.optimizer)
+    for group in groups:
+        kinds = {(parameter.ndim, parameter.requires_grad) for parameter in group["params"]}
+        group["params"] = []
+        for ndim, requires_grad in sorted(kinds):
+            value = torch.randn(_TINY_SHAPES.get(ndim, (2,) * ndim), generator=generator)
+            group["params"].append(nn.Parameter(value.to(device), requires_grad=requires_grad))
+
+    optimizer = _make_optimizer(groups, recipe.optimizer)
+    if with_lr_dropout and recipe.lr_dropout is not None:
+        _attach_lr_dropout(optimizer, recipe.lr_dropout, recipe.mask_seed)
+    return optimizer
+
+
+# The optimizer's class and its arguments
+
+
+def _make_optimizer(groups: list[Group], section: recipes.Optimizer) -> Optimizer:
+    return _call("optimizer", section.name, groups, {"lr": section.lr, **_arguments(section)})
+
+
+def _call(key: str, name: str, groups: list[Any], arguments: dict[str, Any]) -> Optimizer:
+    """Call the optimizer's class; what it refuses becomes a line.
+
+    Args:
+        key: of the section that the arguments are from.
+        name: the recipe's `optimizer.name`.
+        groups: parameter groups, or parameters.
+        arguments: name -> value.
+    """
+    function = _find_optimizer(name)
+    check_arguments(name, key, function, arguments, num_positional=1)
+    if not is_own(name):
+        check_argument_types(key, function, arguments)
+    _check_numbers(key, arguments)
+    if is_own(name):
+        key = "optimizer.name" if key == "optimizer" else key
+        optimizer = call_named(name, key, lambda: function(groups, **arguments))
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise UserError(f"{key}: {name} returns a {kind}, not a torch.optim.Optimizer")
+        return optimizer
+
+    try:
+        stock_optimizer: Optimizer = function(groups, **arguments)
+    except _REFUSALS as error:
+        raise UserError(f"{key}: {name} refuses: {first_line(error)}") from None
+    return stock_optimizer
+
+
+def _find_optimizer(name: str) -> Callable[..., Any]:
+    """The class that a recipe names, or a function that returns an optimizer."""
+    if name in UNSUPPORTED:
+        raise UserError(f"optimizer.name: {name} cannot be used here: {UNSUPPORTED[name]}")
+    if name in NAMES:
+        stock: type[Any] = getattr(torch.optim, name)
+        return stock
+    if not is_own(name):
+        hint = _did_you_mean(name, NAMES)
+        raise UserError(
+            f"optimizer.name: is {name!r}, may be {', '.join(NAMES)}, or module:class{hint}"
+        )
+
+    function = import_callable(name, "optimizer.name")
+    if inspect.isclass(function) and not issubclass(function, Optimizer):
+        raise UserError(f"optimizer.name: {name} is not a subclass of torch.optim.Optimizer")
+    for unsupported, reason in UNSUPPORTED.items():
+        if function is getattr(torch.optim, unsupported):
+            raise UserError(f"optimizer.name: {unsupported} cannot be used here: {reason}")
+    return function
+
+
+def _arguments(section: recipes.Optimizer) -> dict[str, Any]:
+    """The arguments for all groups, without the lr. What is not given is left to the default."""
     arguments = {
         "momentum": section.momentum,
         "nesterov": section.nesterov,
@@ -67,20 +173,37 @@ def build_optimizer(model: nn.Module, recipe: recipes.Recipe) -> Optimizer:
         "betas": None if section.betas is None else tuple(section.betas),
         "eps": section.eps,
     }
-    # What is not given is left to torch's default.
-    arguments = {key: value for key, value in arguments.items() if value is not None}
-    arguments |= section.arguments
-    _check_arguments("optimizer", cls, arguments)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return given | section.arguments
 
-    groups = _build_groups(model, section, cls, arguments)
-    try:
-        optimizer: Optimizer = cls(groups, lr=section.lr, **arguments)
-    except _REFUSALS as error:
-        raise UserError(f"optimizer: {cls.__name__} refuses: {first_line(error)}") from None
 
-    if recipe.lr_dropout is not None:
-        _attach_lr_dropout(optimizer, recipe.lr_dropout, recipe.mask_seed)
-    return optimizer
+def _check_numbers(key: str, arguments: dict[str, Any]) -> None:
+    """Refuse numbers that are too large for float32: torch fails with them in the first step."""
+    for argument, value in arguments.items():
+        if not _fits_float32(value):
+            raise UserError(
+                f"{key}.{argument}: is {value}, but the largest number of float32 is "
+                f"{FLOAT32_MAX:.1e}"
+            )
+
+
+def _fits_float32(value: Any) -> bool:
+    """Whether a number can be used with float32 parameters; infinity can."""
+    if isinstance(value, list | tuple):
+        return all(_fits_float32(item) for item in value)
+    if not isinstance(value, int | float):
+        return True
+    return abs(value) <= FLOAT32_MAX or abs(value) == math.inf
+
+
+def _did_you_mean(name: str, known_names: Sequence[str]) -> str:
+    """The known name that is closest to a wrong one, as the end of a message; else nothing."""
+    by_lower_case = {known.lower(): known for known in known_names}
+    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
+
+
+# Learning rate dropout
 
 
 def _attach_lr_dropout(optimizer: Optimizer, section: recipes.LRDropout, seed: int) -> None:
@@ -91,7 +214,7 @@ def _attach_lr_dropout(optimizer: Optimizer, section: recipes.LRDropout, seed: i
 
     try:
         cls(optimizer, seed=seed, **section.arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"lr_dropout: {error}") from None
 
 
@@ -109,51 +232,10 @@ def _require_momentum(optimizer: Optimizer) -> None:
             )
 
 
-def _optimizer_class(name: str) -> type[Any]:
-    if name in UNSUPPORTED:
-        raise UserError(f"optimizer.name: {name} cannot be used here: {UNSUPPORTED[name]}")
-    if name not in NAMES:
-        hint = _did_you_mean(name, NAMES)
-        raise UserError(f"optimizer.name: is {name!r}, may be {', '.join(NAMES)}{hint}")
-
-    cls: type[Any] = getattr(torch.optim, name)
-    return cls
+# Parameter groups
 
 
-def _check_arguments(key: str, cls: type[Any], arguments: dict[str, Any]) -> None:
-    """Refuse arguments that an optimizer does not have, with a line for each.
-
-    Args:
-        key: the section that contains them, for the message.
-        cls: the optimizer.
-        arguments: name -> value.
-    """
-    accepted = [
-        name for name in inspect.signature(cls).parameters if name not in ("self", "params")
-    ]
-    lines = [
-        f"{key}.{name}: {cls.__name__} has no such argument{_did_you_mean(name, accepted)}; "
-        f"it has {', '.join(accepted)}"
-        for name in arguments
-        if name not in accepted
-    ]
-    if lines:
-        raise UserError("\n".join(lines))
-
-
-def _did_you_mean(name: str, known_names: Sequence[str]) -> str:
-    """The known name that is closest to a wrong one, as the end of a message; else nothing."""
-    by_lower_case = {known.lower(): known for known in known_names}
-    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
-
-
-def _build_groups(
-    model: nn.Module,
-    section: recipes.Optimizer,
-    cls: type[Any],
-    arguments: dict[str, Any],
-) -> list[dict[str, Any]]:
+def _build_groups(model: nn.Module, section: recipes.Optimizer) -> list[Group]:
     """The parameter groups of a recipe, as torch's optimizers take them.
 
     A parameter belongs to the first group with a pattern that matches its name; what is left over
@@ -162,14 +244,16 @@ def _build_groups(
     Args:
         model: the network whose parameters are divided.
         section: the recipe's `optimizer`.
-        cls: the optimizer.
-        arguments: the optimizer's arguments for all groups.
     """
-    rest: dict[str, Any] = {"name": "group0", "params": []}
-    groups: list[dict[str, Any]] = []
+    stock_weight_decay = _try_settings("optimizer", section, {}).get("weight_decay")
+
+    rest: Group = {"name": "group0", "params": []}
+    groups: list[Group] = []
     for i, group_section in enumerate(section.groups):
         settings = _group_settings(group_section)
-        _check_group_settings(f"optimizer.groups.{i}", settings, section, cls, arguments)
+        # torch checks only the values that are given for all groups. Those of one group would fail
+        # at the first step, or never, so an optimizer is built that has them for all.
+        _try_settings(f"optimizer.groups.{i}", section, settings)
         groups.append({"name": section.group_names[i], "params": [], **settings})
 
     for name, parameter in model.named_parameters():
@@ -185,6 +269,9 @@ def _build_groups(
 
     if rest["params"]:
         groups.insert(0, rest)
+    if not section.decay_norms_and_biases:
+        groups = _split_weight_decay(groups, section, stock_weight_decay)
+
     names = [group["name"] for group in groups]
     if len(set(names)) < len(names):
         raise UserError(f"optimizer.groups: two groups have the same name: {', '.join(names)}")
@@ -202,35 +289,67 @@ def _group_settings(section: recipes.OptimizerGroup) -> dict[str, Any]:
     return given | section.arguments
 
 
-def _check_group_settings(
-    key: str,
-    settings: dict[str, Any],
-    section: recipes.Optimizer,
-    cls: type[Any],
-    arguments: dict[str, Any],
-) -> None:
-    """Let torch check the settings of one group.
+def _try_settings(key: str, section: recipes.Optimizer, settings: dict[str, Any]) -> Group:
+    """Let the optimizer's class check settings, by an optimizer of one parameter.
 
-    torch checks only the values that are given for all groups. Those of one group would fail at
-    the first step, or never, so an optimizer is built that has them for all.
+    Args:
+        key: of the section that the settings are from.
+        section: the recipe's `optimizer`.
+        settings: of one group, in place of those for all.
+
+    Returns:
+        The parameter group that it makes of them.
     """
     for_torch = {name: value for name, value in settings.items() if name != "keep_prob"}
-    _check_arguments(key, cls, for_torch)
-
-    parameter = nn.Parameter(torch.zeros(1))
-    try:
-        cls([parameter], **{"lr": section.lr, **arguments, **for_torch})
-    except _REFUSALS as error:
-        raise UserError(f"{key}: {cls.__name__} refuses: {first_line(error)}") from None
+    tiny_group = {"params": [nn.Parameter(torch.zeros(2, 2))]}
+    arguments = {"lr": section.lr, **_arguments(section), **for_torch}
+    group: Group = _call(key, section.name, [tiny_group], arguments).param_groups[0]
+    return group
 
 
 def _find_group(
-    name: str,
-    groups: list[dict[str, Any]],
-    sections: list[recipes.OptimizerGroup],
-) -> dict[str, Any] | None:
+    name: str, groups: list[Group], sections: list[recipes.OptimizerGroup]
+) -> Group | None:
     """The first group with a pattern that matches a parameter's name."""
     for group, section in zip(groups, sections, strict=True):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in section.patterns):
             return group
     return None
+
+
+def _split_weight_decay(
+    groups: list[Group], section: recipes.Optimizer, stock_weight_decay: float | None
+) -> list[Group]:
+    """Take the weight decay from parameters with fewer than two dimensions.
+
+    A group without weight decay, or with one of its own, stays as it is.
+
+    Args:
+        groups: with their parameters. A shard has as many dimensions as the whole parameter.
+        section: the recipe's `optimizer`.
+        stock_weight_decay: that of a group which has none of its own; None: the optimizer has none.
+    """
+    if stock_weight_decay is None:
+        raise UserError(
+            f"optimizer.decay_norms_and_biases: is false, but {section.name} has no weight_decay"
+        )
+
+    split_groups = []
+    for group in groups:
+        if "weight_decay" in group or stock_weight_decay == 0.0:
+            split_groups.append(group)
+            continue
+
+        decayed = [parameter for parameter in group["params"] if parameter.ndim >= 2]
+        others = [parameter for parameter in group["params"] if parameter.ndim < 2]
+        if decayed:
+            split_groups.append({**group, "params": decayed})
+        if others:
+            without_decay = {
+                "name": f"{group['name']}_no_decay",
+                "split_from": group["name"],
+                "params": others,
+                "weight_decay": 0.0,
+            }
+            split_groups.append({**group, **without_decay})
+    return split_groups

@@ -6,33 +6,29 @@ steps `num_processes` times per update.
 
 from __future__ import annotations
 
-import ast
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import simpleeval
 import torch
 from torch.optim import Optimizer
-from torch.optim import lr_scheduler as torch_schedulers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lrd import recipe as recipes
-from lrd.errors import UserError, first_line
+from lrd.errors import UserError
+from lrd.parts.optimizers import FLOAT32_MAX
+from lrd.parts.schedulers import (
+    build_scheduler,
+    lists_by_group,
+    segment_lengths,
+    takes_total,
+)
+from lrd.recipe import schema
+from lrd.recipe.named import call_named, import_callable
 
-# The functions that an expression may call, see `parse_lambda`.
-_FUNCTIONS: dict[str, Callable[..., float]] = {
-    "min": min,
-    "max": max,
-    "abs": abs,
-    "cos": math.cos,
-    "sin": math.sin,
-    "exp": math.exp,
-    "log": math.log,
-    "sqrt": math.sqrt,
-    "floor": math.floor,
-    "ceil": math.ceil,
-}
+# torch computes an lr from the one before, so that where a decay ends at zero it can be a little
+# less by rounding.
+_SMALLEST_LR = -1e-9
 
 
 class Schedule:
@@ -51,6 +47,7 @@ class Schedule:
 
     Raises:
         UserError: if the scheduler refuses an argument, or `lr_lambda` is not a valid expression.
+            Here and in a later step: if the lr is negative or too large, or the scheduler fails.
     """
 
     def __init__(
@@ -61,46 +58,51 @@ class Schedule:
         steps_per_epoch: int,
     ) -> None:
         self.optimizer = optimizer
+        self.name = section.name
         self.unit = section.unit
         self.warmup_steps = section.warmup_steps
         self.steps = 0
 
-        # The length of all epochs in the schedule's unit.
-        total = steps_of_all_epochs
-        if section.unit == "epoch":
-            total = math.ceil(steps_of_all_epochs / steps_per_epoch)
-
-        # What `end_evaluation` passes on to ReduceLROnPlateau: `loss` or `accuracy`.
+        # What `end_evaluation` passes on to ReduceLROnPlateau: a key of its metrics.
         self.metric = ""
-        if section.name == "ReduceLROnPlateau":
+        if isinstance(section, schema.ReduceLROnPlateau) and section.metric is not None:
             self.metric = section.metric.removeprefix("test_")
 
-        self.scheduler = _build_scheduler(optimizer, section, total)
+        self.length = run_length(section, steps_of_all_epochs, steps_per_epoch)
+        self.scheduler: Any = build_scheduler(optimizer, section, self.length)
         self._lrs_before_warmup = self._read_lrs()
         self._apply_warmup()
 
     @property
     def needs_metric(self) -> bool:
-        return isinstance(self.scheduler, torch_schedulers.ReduceLROnPlateau)
+        """Whether the schedule goes by evaluations."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
 
     def step(self) -> None:
         """Set the lr of the next step. Call it after each optimizer step."""
         self.steps += 1
-        if self.unit == "step" and not self.needs_metric:
-            self._step_scheduler()
-        self._apply_warmup()
+        if self.unit == "step":
+            self.advance()
+        else:
+            self._apply_warmup()
 
     def end_epoch(self) -> None:
         """Set the lr of the next epoch. Call it after the last step of each epoch."""
-        if self.unit == "epoch" and not self.needs_metric:
+        if self.unit == "epoch":
+            self.advance()
+
+    def advance(self) -> None:
+        """Move the scheduler on by one position: a step or an epoch, whichever it counts."""
+        if not self.needs_metric:
             self._step_scheduler()
-            self._apply_warmup()
+        self._apply_warmup()
 
     def end_evaluation(self, metrics: dict[str, float]) -> None:
         """Let ReduceLROnPlateau look at an evaluation. Call it after those at an epoch's end.
 
         Args:
-            metrics: `loss` and `accuracy` on the test set.
+            metrics: `loss` and `accuracy` on the test set, and with images that are held out also
+                `validation_loss` and `validation_accuracy`.
         """
         if self.needs_metric:
             self._step_scheduler(metrics[self.metric])
@@ -113,7 +115,7 @@ class Schedule:
         # torch's schedulers compute the next lr from the one in the optimizer, so they must find
         # the lr that they set there, without the warm-up.
         self._write_lrs(self._lrs_before_warmup)
-        self.scheduler.step(*metric)
+        call_named(self.name, "schedule", lambda: self.scheduler.step(*metric))
         self._lrs_before_warmup = self._read_lrs()
 
     def _apply_warmup(self) -> None:
@@ -123,7 +125,24 @@ class Schedule:
         self._write_lrs([lr * factor for lr in self._lrs_before_warmup])
 
     def _read_lrs(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        """The lrs that the scheduler has set.
+
+        Raises:
+            UserError: an lr is negative, or no number of float32. After the last step of the run
+                it may be: no step uses that lr.
+        """
+        position = 0 if self.scheduler is None else self.scheduler.last_epoch
+        lrs = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            lr = float(group["lr"])
+            if not _SMALLEST_LR <= lr <= FLOAT32_MAX and position < self.length:
+                raise UserError(
+                    f"schedule: {self.name} sets the lr of {group.get('name', f'group{number}')} "
+                    f"to {lr} after {position} {self.unit}s; it must be at least 0 and at most "
+                    f"{FLOAT32_MAX:.1e}, the largest number of float32"
+                )
+            lrs.append(lr)
+        return lrs
 
     def _write_lrs(self, lrs: list[float]) -> None:
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
@@ -163,10 +182,27 @@ class Schedule:
 
 
 def depends_on_length(section: recipes.Schedule) -> bool:
-    """Whether the lr at a step depends on the length of the run."""
-    if section.name == "CosineAnnealingLR":
-        return section.T_max is None
-    return section.name == "LambdaLR"
+    """Whether the lr at a step depends on the length of the run.
+
+    A schedule of the user's own depends on it if it takes the argument `total` and the recipe does
+    not give it.
+    """
+    match section:
+        case schema.CosineAnnealingLR():
+            return section.T_max is None
+        case schema.LinearLR() | schema.PolynomialLR():
+            return section.total_iters is None
+        case schema.OneCycleLR():
+            return section.total_steps is None
+        case schema.LambdaLR():
+            return True
+        case schema.SequentialLR():
+            # The others end at milestones.
+            return depends_on_length(section.schedules[-1])
+        case schema.OwnSchedule():
+            function = import_callable(section.name, "schedule.name")
+            return "total" not in section.arguments and takes_total(function)
+    return False
 
 
 def lr_trajectory(recipe: recipes.Recipe, steps_per_epoch: int) -> dict[str, list[float]]:
@@ -187,9 +223,16 @@ def lr_trajectory(recipe: recipes.Recipe, steps_per_epoch: int) -> dict[str, lis
     for name, group_section in zip(section.group_names, section.groups, strict=True):
         lrs[name] = section.lr if group_section.lr is None else group_section.lr
 
-    # A schedule sees nothing but lrs, so any optimizer of any parameters will do.
+    has_no_group0 = any(
+        len(values) == len(section.groups) for values in lists_by_group(recipe.schedule)
+    )
+    if has_no_group0:  # the lists say that the groups of the recipe have all parameters
+        del lrs["group0"]
+
+    # What a schedule sees of an optimizer; it takes no steps.
     groups = [{"name": name, "lr": lr, "params": [torch.zeros(())]} for name, lr in lrs.items()]
-    optimizer = torch.optim.SGD(groups)
+    optimizer = Optimizer(groups, {"momentum": 0.9, "betas": (0.9, 0.999), "weight_decay": 0.0})
+    check_length(recipe, steps_per_epoch)
     schedule = Schedule(
         optimizer,
         recipe.schedule,
@@ -213,85 +256,50 @@ def total_steps(recipe: recipes.Recipe, steps_per_epoch: int) -> int:
     return min(steps, recipe.trainer.max_steps)
 
 
-def parse_lambda(text: str, total: int) -> Callable[[int], float]:
-    """An arithmetic expression as a function from the schedule's position to a factor of the lr.
+def run_length(section: recipes.Schedule, steps: int, steps_per_epoch: int) -> int:
+    """A number of optimizer steps in the unit of a schedule; an epoch that is begun counts."""
+    return steps if section.unit == "step" else math.ceil(steps / steps_per_epoch)
 
-    An expression can use the names `t` (steps or epochs done, depending on `schedule.unit`),
-    `total`, `pi` and `e`, and the functions min, max, abs, cos, sin, exp, log, sqrt, floor and
-    ceil. simpleeval parses and evaluates it: attributes and calls of anything else are refused.
 
-    Args:
-        text: the expression, e.g. `(1 - t / total) ** 2`.
-        total: length of the run in steps or epochs.
+def check_length(recipe: recipes.Recipe, steps_per_epoch: int) -> list[str]:
+    """Compare a recipe's schedule with the length of its run.
+
+    Returns:
+        A line for each milestone that lies beyond the end of the run.
 
     Raises:
-        UserError: if it is not such an expression, or its value at the first or last position is
-            not a finite number >= 0. The function raises it for the other positions.
+        UserError: the run is longer than the cycle of OneCycleLR, which has no lr after its end.
     """
-    names = {"t": 0, "total": total, "pi": math.pi, "e": math.e}
-    evaluator = simpleeval.SimpleEval(functions=_FUNCTIONS, names=names, allowed_attrs={})
-    refusals_to_parse = (
-        simpleeval.InvalidExpression,
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    )
-    refusals_to_evaluate = (
-        simpleeval.InvalidExpression,
-        ArithmeticError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    )
-
-    try:
-        # simpleeval alone would accept an assignment, or a second statement.
-        ast.parse(text.strip(), mode="eval")
-        parsed = evaluator.parse(text)
-    except refusals_to_parse as error:
+    section = recipe.schedule
+    unit = f"{section.unit}s"
+    steps = total_steps(recipe, steps_per_epoch)
+    length = run_length(section, steps, steps_per_epoch)
+    if isinstance(section, schema.OneCycleLR) and (section.total_steps or length) < length:
         raise UserError(
-            f"schedule.lr_lambda: {text!r} is not an expression: {first_line(error)}"
-        ) from None
+            f"schedule.total_steps: is {section.total_steps}, but the run has {length} {unit}, and "
+            "OneCycleLR ends with its last one; leave the key out to have the run's length"
+        )
 
-    def factor(t: int) -> float:
-        evaluator.names["t"] = t
-        try:
-            value = float(evaluator.eval(text, previously_parsed=parsed))
-        except refusals_to_evaluate as error:
-            raise UserError(
-                f"schedule.lr_lambda: {text!r} cannot be evaluated at t={t}: {first_line(error)}"
-            ) from None
+    all_steps = recipe.trainer.epochs * steps_per_epoch
+    total = run_length(section, all_steps, steps_per_epoch)
+    return _describe_late_milestones(section, total, unit)
 
-        if not math.isfinite(value) or value < 0.0:
-            raise UserError(
-                f"schedule.lr_lambda: {text!r} is {value} at t={t}; "
-                "it must be finite and not negative"
+
+def _describe_late_milestones(
+    section: recipes.Schedule, total: int, unit: str, key: str = "schedule"
+) -> list[str]:
+    lines = []
+    if isinstance(section, schema.MultiStepLR | schema.SequentialLR):
+        late = [str(milestone) for milestone in section.milestones if milestone >= total]
+        if late:
+            where = "the run" if key == "schedule" else "its part of the run"
+            lines.append(
+                f"{key}.milestones: {', '.join(late)}: {where} has {total} {unit}, "
+                "so nothing happens there"
             )
-        return value
 
-    # Most mistakes show at one of the two ends: report them before training starts.
-    factor(0)
-    factor(total)
-    return factor
-
-
-def _build_scheduler(optimizer: Optimizer, section: recipes.Schedule, total: int) -> Any:
-    """The torch scheduler that a recipe names, or None for a constant lr."""
-    if section.name == "constant":
-        return None
-
-    arguments = section.arguments
-    if section.name == "LambdaLR":
-        expression = "1" if section.lr_lambda is None else section.lr_lambda
-        arguments["lr_lambda"] = parse_lambda(expression, total)
-    elif section.name == "CosineAnnealingLR":
-        arguments.setdefault("T_max", total)
-    elif section.name == "ReduceLROnPlateau":
-        arguments.setdefault("mode", "max" if section.metric == "test_accuracy" else "min")
-
-    cls = getattr(torch_schedulers, section.name)
-    try:
-        return cls(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"schedule: {section.name} refuses: {first_line(error)}") from None
+    if isinstance(section, schema.SequentialLR):
+        for i, length in enumerate(segment_lengths(section, total)):
+            inner = section.schedules[i]
+            lines += _describe_late_milestones(inner, length, unit, f"{key}.schedules.{i}")
+    return lines

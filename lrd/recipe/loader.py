@@ -6,10 +6,13 @@ which names the key.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import os
 import re
 import reprlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             type or out of range.
     """
     path = Path(path)
-    values = {"run_dir": f"runs/{path.stem}", **_read(path)}
+    values = {"run_dir": f"runs/{path.stem}", **read_yaml(path, "recipe")}
     file_keys = _list_keys(values)
     for override in overrides or []:
         _apply_override(values, override)
@@ -40,27 +43,30 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _describe_faults(error, str(path), file_keys, overrides or []) from None
-
-    # The shell expands `~` only at the beginning of an argument.
-    recipe.run_dir = _expand_home(recipe.run_dir, "run_dir")
-    recipe.data.root = _expand_home(recipe.data.root, "data.root")
-    return recipe
+    return _expand_homes(recipe)
 
 
-def parse(values: dict[str, Any], source: str) -> Recipe:
+def parse(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe with these values, validated.
 
     Args:
         values: section -> key -> value, as YAML has them.
         source: where they come from; each line of an error begins with it.
+        overrides: settings to change, each as `section.key=value`.
 
     Raises:
         UserError: if a key is unknown, of a wrong type or out of range.
     """
+    values = copy.deepcopy(values)
+    file_keys = _list_keys(values)
+    for override in overrides:
+        _apply_override(values, override)
+
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise _describe_faults(error, source, set(), []) from None
+        raise _describe_faults(error, source, file_keys, list(overrides)) from None
+    return _expand_homes(recipe)
 
 
 def _list_keys(values: dict[str, Any]) -> set[str]:
@@ -82,6 +88,8 @@ def _describe_faults(
         key = ".".join(_location(fault))
         override = _find_override(key, file_keys, overrides)
         lines.append(f"{source if override is None else override}: {_explain(fault)}")
+    if len(lines) > _MAX_FAULTS:
+        lines[_MAX_FAULTS:] = [f"{source}: and {len(lines) - _MAX_FAULTS:,} more faults"]
     return UserError("\n".join(lines))
 
 
@@ -94,6 +102,35 @@ def _find_override(key: str, file_keys: set[str], overrides: list[str]) -> str |
         if is_from_it or is_made_by_it:
             return override if len(override) <= _MAX_SHOWN else f"{name}=..."
     return None
+
+
+def _expand_homes(recipe: Recipe) -> Recipe:
+    """Replace `~` in the folders: the shell expands it only at the beginning of an argument."""
+    recipe.run_dir = _expand_home(recipe.run_dir, "run_dir")
+    recipe.data.root = _expand_home(recipe.data.root, "data.root")
+    if recipe.model.weights is not None:
+        recipe.model.weights = _expand_home(recipe.model.weights, "model.weights")
+    _require_path(recipe.run_dir, "run_dir")
+    _require_path(recipe.data.root, "data.root")
+    return recipe
+
+
+def _require_path(path: str, key: str) -> None:
+    """Refuse text that cannot be the name of a file or folder here."""
+    if "\0" in path:
+        raise UserError(f"{key}: is {show_value(path)}, a path cannot contain a NUL")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise UserError(f"{key}: is {path!a}, {_describe_encoding_problem()}") from None
+
+
+def _describe_encoding_problem() -> str:
+    """Why text and the bytes of a command line or a path cannot be turned into each other."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return "which is not valid UTF-8"
+    return f"which has no meaning in the encoding of this locale, {encoding}; set PYTHONUTF8=1"
 
 
 def _expand_home(path: str, key: str) -> str:
@@ -111,13 +148,15 @@ def _expand_home(path: str, key: str) -> str:
 _MAX_SHOWN = 100  # characters of a value or an override in a message
 
 _MAX_VALUES = 100_000  # in a recipe
+_MAX_FILE_BYTES = 10_000_000
+_MAX_FAULTS = 8  # that are listed
 
 _reprs = reprlib.Repr()
 _reprs.maxstring = _reprs.maxother = _MAX_SHOWN
 _reprs.maxlevel = 2
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value for a message, shortened: a list may contain itself, or be of any length."""
     return _reprs.repr(value)
 
@@ -142,12 +181,27 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """Read a mapping of sections from a YAML file; empty if the file is.
+
+    Args:
+        path: the file.
+        kind: what it is, for messages, such as `recipe`.
+
+    Raises:
+        UserError: it is missing, no YAML or no mapping, has a key twice, or is too large.
+    """
     try:
+        if not path.is_file() and path.exists():  # to open a FIFO would wait for a writer
+            raise UserError(f"{path}: is not a file")
+        if path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
+            raise UserError(f"{path}: has more than {_MAX_FILE_BYTES:,} bytes, no {kind} has")
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: there is no such {kind}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{path}: cannot be read as YAML: it is nested too deeply") from None
@@ -163,7 +217,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: has more than {_MAX_VALUES:,} values, or contains itself")
     if not isinstance(values, dict):
         raise UserError(
-            f"{path}: a recipe must be a mapping of sections, not a {type(values).__name__}"
+            f"{path}: a {kind} must be a mapping of sections, not a {type(values).__name__}"
         )
     return values
 
@@ -192,9 +246,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         )
 
     try:
+        text.encode()
+    except UnicodeEncodeError:  # Python could not decode the command line
+        raise UserError(f"{key}: is {text!a}, {_describe_encoding_problem()}") from None
+    try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{key}: {_show(text)} is not a YAML value") from None
+        raise UserError(f"{key}: {show_value(text)} is not a YAML value") from None
 
     if _is_too_large(value):
         raise UserError(f"{key}: has more than {_MAX_VALUES:,} values, or contains itself")
@@ -205,7 +263,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             section[part] = {}
         if not isinstance(section[part], dict):
             raise UserError(
-                f"{key}: cannot be overridden, because {part} is {_show(section[part])} "
+                f"{key}: cannot be overridden, because {part} is {show_value(section[part])} "
                 "in the file, not a section of keys and values"
             )
         section = section[part]
@@ -250,9 +308,9 @@ def _explain(fault: ErrorDetails) -> str:
         return f"{key}: {fault['msg']}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{key}: is {_show(value)}, {message}" if location else message
+        return f"{key}: is {show_value(value)}, {message}" if location else message
     if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key}: is {_show(value)}, should be a section of keys and values"
+        return f"{key}: is {show_value(value)}, should be a section of keys and values"
     if fault["type"] == "missing":
         return f"{key}: is missing"
 
@@ -260,8 +318,8 @@ def _explain(fault: ErrorDetails) -> str:
     hint = ""
     if fault["type"] == "literal_error":
         names = re.findall(r"'([^']*)'", str(fault["ctx"]["expected"]))
-        hint = _did_you_mean(str(value), names, cutoff=0.5)
-    return f"{key}: is {_show(value)}, {message[0].lower()}{message[1:]}{hint}"
+        hint = did_you_mean(str(value), names, cutoff=0.5)
+    return f"{key}: is {show_value(value)}, {message[0].lower()}{message[1:]}{hint}"
 
 
 def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
@@ -278,7 +336,7 @@ def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
         known = list(Recipe.model_fields)
         owner = "a recipe"
 
-    hint = _did_you_mean(location[-1], known, cutoff=0.6)
+    hint = did_you_mean(location[-1], known, cutoff=0.6)
     if scheduler is not None and is_schedule_key(location[-1]):
         # Usually left over in the file after an override of schedule.name.
         hint = f" ({key}=null leaves it out)"
@@ -287,15 +345,20 @@ def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
 
 def _explain_unknown_scheduler(key: str, value: Any) -> str:
     if not isinstance(value, dict):
-        return f"{key}: is {_show(value)}, should be a section of keys and values"
+        return f"{key}: is {show_value(value)}, should be a section of keys and values"
 
     name = value.get("name")
-    hint = _did_you_mean(str(name), SCHEDULES, cutoff=0.5)
+    hint = did_you_mean(str(name), SCHEDULES, cutoff=0.5)
     names = ", ".join(SCHEDULES)
-    return f"{key}.name: is {_show(name)}, may be {names}, or an own one as module:class{hint}"
+    return f"{key}.name: is {show_value(name)}, may be {names}, or an own one as module:class{hint}"
 
 
-def _did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:
+    """A hint at the known word that is most like this one; empty if none is.
+
+    Args:
+        cutoff: likeness from 0 to 1 that a hint needs.
+    """
     # Upper and lower case count for nothing: `sgd` means `SGD`.
     by_lower_case = {name.lower(): name for name in known}
     matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1, cutoff=cutoff)

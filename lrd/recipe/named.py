@@ -10,13 +10,15 @@ import difflib
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import lrd
 from lrd.errors import UserError, first_line
 from lrd.recipe.schema import Recipe, SequentialLR, is_own
 
@@ -76,7 +78,67 @@ def import_callable(name: str, key: str) -> Callable[..., Any]:
     return result
 
 
-def call_named(name: str, key: str, function: Callable[..., Any], **arguments: Any) -> Any:
+def check_arguments(
+    name: str,
+    section: str,
+    function: Callable[..., Any],
+    arguments: Collection[str],
+    num_positional: int = 0,
+) -> None:
+    """Refuse arguments that a function or class does not have, and name those that it needs.
+
+    Args:
+        name: what the recipe names, for messages.
+        section: the section of the recipe that has the arguments as its keys.
+        function: what `name` stands for.
+        arguments: the names of the keyword arguments it is to be called with.
+        num_positional: how many arguments it gets before these, which no key may name.
+
+    Raises:
+        UserError: with a line for each fault.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):  # some functions written in C have no signature
+        return
+
+    by_kind = inspect.Parameter
+    keyword_kinds = (by_kind.POSITIONAL_OR_KEYWORD, by_kind.KEYWORD_ONLY)
+    named = [key for key, parameter in parameters.items() if parameter.kind in keyword_kinds]
+    accepted = named[num_positional:]
+    if not any(parameter.kind == by_kind.VAR_KEYWORD for parameter in parameters.values()):
+        refuse_unknown(name, section, arguments, accepted)
+
+    missing = [
+        key for key in accepted if parameters[key].default is by_kind.empty and key not in arguments
+    ]
+    if missing:
+        raise UserError(
+            "\n".join(f"{section}.{key}: is missing, {name} needs it" for key in missing)
+        )
+
+
+def refuse_unknown(name: str, section: str, arguments: Iterable[str], known: list[str]) -> None:
+    """Refuse arguments that are not among the known ones.
+
+    Args:
+        name, section, arguments: as for `check_arguments`.
+        known: the arguments that there are.
+
+    Raises:
+        UserError: with a line for each unknown argument.
+    """
+    has = f"it has {', '.join(known)}" if known else "it has none"
+    lines = [
+        f"{section}.{key}: {name} has no such argument{_did_you_mean(key, known)}; {has}"
+        for key in arguments
+        if key not in known
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def call_named(name: str, key: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
     """Call what a recipe names; whatever it raises becomes one line.
 
     Raises:
@@ -198,10 +260,10 @@ def _last_line_in_file(error: BaseException) -> str:
         return f" ({Path(error.filename).name}, line {error.lineno})"
 
     where = ""
-    own_folder = str(Path(__file__).parent)
+    package_folder = f"{Path(lrd.__file__).parent}{os.sep}"
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        is_users = "importlib" not in file and not file.startswith(own_folder)
+        is_users = "importlib" not in file and not file.startswith(package_folder)
         # The last line in the user's own files: what torch raises, the user's line has caused.
         if is_users and "site-packages" not in file:
             where = f" ({Path(file).name}, line {traceback.tb_lineno})"

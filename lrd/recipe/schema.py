@@ -275,7 +275,7 @@ class Data(PartSection):
         "image's height",
         affects_results=True,
         default_means="the data set's",
-        gt=0,
+        gt=1,
     )
     augment: Literal["none", "crop", "crop_flip"] = setting(
         "none",
@@ -1047,7 +1047,7 @@ class Trainer(Section):
     epochs: Int = setting(
         1,
         "epochs of the whole run; affects the results if the schedule depends on the run's length "
-        "(CosineAnnealingLR without `T_max`, LambdaLR)",
+        "(LambdaLR, or `T_max`, `total_iters` or `total_steps` not given)",
         affects_results=False,
         gt=0,
     )
@@ -1156,6 +1156,7 @@ class Trainer(Section):
         "reads or decodes the data while the others wait",
         affects_results=False,
         gt=0.0,
+        le=1_000_000.0,
     )
     profile: Int | None = setting(
         None,
@@ -1376,6 +1377,15 @@ class Recipe(Section):
             raise ValueError(
                 f"trainer.ema_decay: is {self.trainer.ema_decay}, must be null with "
                 "trainer.sharding=full: each rank would need the whole network once more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_histograms_of_shards(self) -> Recipe:
+        if self.trainer.sharding == "full" and self.tracking.histograms_every:
+            raise ValueError(
+                f"tracking.histograms_every: is {self.tracking.histograms_every}, must be 0 with "
+                "trainer.sharding=full: no rank has a whole parameter"
             )
         return self
 
