@@ -257,15 +257,14 @@ class Progress:
             rows.append(
                 ("steps skipped", f"{job.skipped_steps:,}, whose loss or gradient was not finite")
             )
-        if job.last_eval_metrics:
-            metrics = job.last_eval_metrics
-            rows.append(
-                ("test accuracy", f"{metrics['accuracy']:.4f} (loss {metrics['loss']:.4f})")
-            )
+        metrics = job.last_eval_metrics
+        for name, value in metrics.items():
+            if name.endswith("accuracy"):
+                loss = metrics[name.removesuffix("accuracy") + "loss"]
+                rows.append((_describe_metric(name), f"{value:.4f} (loss {loss:.4f})"))
         if job.best is not None:
-            rows.append(
-                ("best test accuracy", f"{job.best['accuracy']:.4f} at step {job.best['step']:,}")
-            )
+            what = f"best {_describe_metric(job.best_metric)}"
+            rows.append((what, f"{job.best_accuracy:.4f} at step {job.best['step']:,}"))
 
         assert job.run_dir is not None
         names = [store.checkpoint_name(step) for step in store.list_steps(job.run_dir.path)]
@@ -273,18 +272,26 @@ class Progress:
         return rows
 
 
+def _describe_metric(name: str) -> str:
+    """`validation_ema_accuracy` as `validation ema accuracy`, `accuracy` as `test accuracy`."""
+    words = name.replace("_", " ")
+    return words if name.startswith("validation_") else f"test {words}"
+
+
 def describe_parts(job: Job) -> list[tuple[str, str]]:
     """Network, data, ranks and optimizer of a job, in a few words each."""
     num_parameters = sum(parameter.numel() for parameter in job.raw_model.parameters())
     num_train = len(job.dataset.train)
     num_test = len(job.dataset.test)
+    validation = job.dataset.validation
+    held_out = "" if validation is None else f", {len(validation):,} held out"
     num_groups = len(job.raw_optimizer.param_groups)
     ranks = f"{job.accelerator.num_processes} on {job.accelerator.device.type}"
     if job.is_sharded:
         ranks += ", each with a shard of the network and of the optimizer's state"
     return [
         ("network", f"{job.recipe.model.arch}, {num_parameters:,} parameters"),
-        ("data", f"{job.recipe.data.dataset}, {num_train:,} + {num_test:,} images"),
+        ("data", f"{job.recipe.data.dataset}, {num_train:,} + {num_test:,} images{held_out}"),
         ("ranks", ranks),
         ("optimizer", f"{job.recipe.optimizer.name}, {num_groups} parameter group(s)"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -32,10 +33,12 @@ from lrd.parts.checks import check_optimizer, check_schedule
 from lrd.parts.losses import build_loss, check_loss
 from lrd.parts.models import build_model, check_model, residual_blocks
 from lrd.parts.optimizers import build_optimizer
+from lrd.parts.random_layers import preserved_generators
 from lrd.parts.schedules import Schedule, depends_on_length, total_steps
 from lrd.parts.sync_batchnorm import convert_sync_batchnorm
 from lrd.parts.weights import load_weights
 from lrd.recipe import named
+from lrd.tracking.lost_records import describe_lost_records
 from lrd.tracking.tracker import Tracker, scalars_recorded_at
 
 
@@ -138,6 +141,8 @@ def build_job(
         start_weights_digest = load_weights(model, recipe.model)
     image_shape = tuple(dataset.train.pixels.shape[1:])  # (3, H, W)
     check_model(model, recipe.model, image_shape, num_classes)
+    if batches.micro_batch_size == 1:
+        _require_values_for_batchnorm(model, recipe, batches)
 
     loss_function = build_loss(recipe.trainer, device)
     check_loss(recipe.trainer, loss_function, recipe.model.num_classes or num_classes, device)
@@ -188,6 +193,27 @@ def build_job(
         roll_call=roll_call,
         weight_average=_build_weight_average(model, recipe),
     )
+
+
+def _require_values_for_batchnorm(
+    model: nn.Module, recipe: recipes.Recipe, batches: Batches
+) -> None:
+    """Refuse a network whose BatchNorm would have one value for each channel: it needs two."""
+    if recipe.model.sync_batchnorm and batches.world_size > 1:
+        return
+
+    inputs, _ = batches.micro_batch(step=0)  # float32 (1, 3, H, W)
+    try:
+        with torch.no_grad(), preserved_generators():
+            copy.deepcopy(model).train()(inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"data.batch_size: is {batches.batch_size}, which leaves one image for each rank and "
+            "micro step; BatchNorm needs two values for each channel, and images of this size give "
+            "it one"
+        ) from None
 
 
 def _build_weight_average(model: nn.Module, recipe: recipes.Recipe) -> WeightAverage | None:
@@ -308,6 +334,11 @@ def _open_outputs(job: Job) -> None:
     """Write the resolved recipe and open the records and the checkpoint writer."""
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
+
+    if job.step:
+        every_steps = job.recipe.tracking.every_steps
+        for line in describe_lost_records(job.run_dir.path, job.step, every_steps):
+            console.info(line)
 
     # A run that was killed between an evaluation and its checkpoint has records of that evaluation.
     recorded: dict[str, float] = {}

@@ -29,6 +29,8 @@ from lrd.parts import random_layers
 from lrd.parts.schedules import Schedule
 from lrd.tracking.tracker import Tracker
 
+_MAX_CHANGES_NAMED = 8  # settings that differ from those of a checkpoint
+
 
 @dataclass
 class Job:
@@ -243,7 +245,10 @@ class Job:
         Raises:
             UserError: the checkpoint belongs to another model, optimizer or recipe.
         """
-        changes = _describe_changes(state.trainer["identity"], self.result_settings, path)
+        identity = state.trainer.get("identity")
+        if not isinstance(identity, dict):
+            raise UserError(f"{path}: does not say with which settings it was made")
+        changes = _describe_changes(identity, self.result_settings, path)
         if changes and not self.recipe.checkpoint.allow_changed:
             advice = (
                 "name another run_dir to start a new run; "
@@ -358,4 +363,6 @@ def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path
         now = current.get(key)
         if before != now:
             lines.append(f"{key}: the run in {path} had {before!r}, the recipe now says {now!r}")
+    if len(lines) > _MAX_CHANGES_NAMED:
+        lines[_MAX_CHANGES_NAMED:] = [f"and {len(lines) - _MAX_CHANGES_NAMED} more settings differ"]
     return lines

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.launching import final_state
+from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.tensorboard_events import read_scalars
 
 SPEED_TAG = "train/images_per_second"
@@ -31,16 +34,22 @@ def assert_nested_equal(actual: object, expected: object) -> None:
 
 
 def assert_same_final_state(run_dir: Path, expected_run_dir: Path) -> None:
-    """Weights, optimizer and schedule in the newest checkpoints."""
+    """Weights, their averages, optimizer and schedule in the newest checkpoints."""
     weights, optimizer, newest = final_state(run_dir)
     expected_weights, expected_optimizer, expected_newest = final_state(expected_run_dir)
     assert newest.name == expected_newest.name
     assert_nested_equal(weights, expected_weights)
     assert_nested_equal(optimizer, expected_optimizer)
 
+    average = newest / "ema.safetensors"
+    expected_average = expected_newest / "ema.safetensors"
+    assert average.exists() == expected_average.exists()
+    if average.exists():
+        assert_nested_equal(load_file(average), load_file(expected_average))
+
 
 def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
-    """Final state and TensorBoard records of a run with launching.STEPS; all but its speed."""
+    """Final state and records of a run with launching.STEPS; all but its speed."""
     assert_same_final_state(run_dir, undisturbed)
     assert final_state(run_dir)[2].name == f"step-{NUM_STEPS:08d}"
 
@@ -50,6 +59,17 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
     for tag in records.keys() - {SPEED_TAG}:
         assert records[tag] == expected[tag], tag
 
+    assert read_metrics(run_dir) == read_records_by_step(run_dir)
+    assert metrics_without_speed(run_dir) == metrics_without_speed(undisturbed)
+
     all_steps = list(range(1, NUM_STEPS + 1))
     assert [step for step, _ in records[SPEED_TAG]] == all_steps
     assert [step for step, _ in expected[SPEED_TAG]] == all_steps
+
+
+def metrics_without_speed(run_dir: Path) -> list[list[str]]:
+    """The cells of `metrics.csv` as they are written, without the column of the speed."""
+    with (run_dir / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.reader(stream))
+    speed = rows[0].index(SPEED_TAG)
+    return [row[:speed] + row[speed + 1 :] for row in rows]
