@@ -31,7 +31,11 @@ FLOORS = [
     Floor(
         "7 loop",
         "#d9e4fb",
-        [Room("train.py", "the training loop, in the order of the algorithm", 1)],
+        [
+            Room("train.py", "the training loop, in the order of the algorithm", 1.5),
+            Room("inference/", "trained networks in use", 1),
+            Room("study/", "arms and seeds", 0.8),
+        ],
     ),
     Floor(
         "6 job",

@@ -14,6 +14,7 @@ The folders, from the ground up:
 | `tracking/` | TensorBoard |
 | `checkpoint/` | the training state on disk |
 | `job/` | one training job, set up from a recipe |
+| `inference/` | trained networks in use: `load_model`, evaluation |
 | `train.py` | the training loop: what `accelerate launch -m lrd.train` starts |
 | `cli/` | the `lrd` command |
 
@@ -32,17 +33,19 @@ import lrd.distributed.signals  # noqa: F401
 
 if TYPE_CHECKING:
     from lrd import optim
+    from lrd.inference.loading import load_model
     from lrd.optim import mask
     from lrd.optim.dropout import LRDropout
     from lrd.optim.magma import Magma
 
-__all__ = ["LRDropout", "Magma", "__version__", "mask", "optim"]
+__all__ = ["LRDropout", "Magma", "__version__", "load_model", "mask", "optim"]
 __version__ = "0.1.0"
 
 # Public name -> its module, and its name in there; None: the module itself.
 _PUBLIC_NAMES: dict[str, tuple[str, str | None]] = {
     "LRDropout": ("lrd.optim.dropout", "LRDropout"),
     "Magma": ("lrd.optim.magma", "Magma"),
+    "load_model": ("lrd.inference.loading", "load_model"),
     "mask": ("lrd.optim.mask", None),
     "optim": ("lrd.optim", None),
 }

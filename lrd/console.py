@@ -1,14 +1,19 @@
-"""What a user sees in the terminal.
+"""What a user sees in the terminal, and its copy in a log.
 
 The main process prints messages, tables and progress bars. Other processes print errors only.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from rich.cells import cell_len, set_cell_size
@@ -27,7 +32,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BEFORE_FIRST_LINE = 10.0  # of a progress meter without a terminal
+_MOST_SECONDS_BETWEEN_LINES = 60.0
+_LOG_TABLE_WIDTH = 120  # columns
+_MAX_ERROR_LENGTH = 1000  # characters of a line
 _LEAST_WRAPPED_WIDTH = 12  # of the column of a listing that may take several lines
 
 
@@ -101,6 +109,85 @@ stdout = Console(file=cast(IO[str], _Stream("stdout")))
 stderr = Console(file=cast(IO[str], _Stream("stderr")))
 
 
+class _Log:
+    """Lines with date and time, appended to a file.
+
+    Lines wait in memory until the file is known, and while it cannot be written: a full disk is no
+    reason to end a run.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._pending: list[str] = []
+        self._lock = threading.Lock()  # checkpoints are written, and reported, by another thread
+
+    def write(self, text: str) -> None:
+        date = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self._lock:
+            self._pending += [f"{date} {line}\n" for line in text.splitlines()]
+            self._flush()
+
+    def open(self, path: Path) -> None:
+        with self._lock:
+            self.path = path
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.path is None:
+            return
+        try:
+            # Opened for each write: it holds no file while it waits, and the lines are few.
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write("".join(self._pending))
+        except OSError:
+            return
+        self._pending.clear()
+
+
+_log: _Log | None = None
+
+
+@contextmanager
+def keep_log() -> Iterator[None]:
+    """Collect what the main process prints, until `open_log` names the file for it.
+
+    An exception that leaves this context is written to the log with its traceback.
+    """
+    global _log
+    _log = _Log() if is_main_process() else None
+    try:
+        yield
+    except BaseException:
+        log(traceback.format_exc())
+        raise
+    finally:
+        _log = None
+
+
+def open_log(path: Path) -> None:
+    """Append what was printed since `keep_log`, and all that will be, to a file."""
+    if _log is not None:
+        _log.open(path)
+
+
+def log(message: str) -> None:
+    """Write to the log alone. Without a log this does nothing."""
+    if _log is not None:
+        _log.write(message)
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Print on standard error what would go to standard output, which is for JSON then."""
+    global stdout
+    kept = stdout
+    stdout = stderr
+    try:
+        yield
+    finally:
+        stdout = kept
+
+
 def is_main_process() -> bool:
     """Whether this is the main process, by the launcher's environment.
 
@@ -112,7 +199,31 @@ def is_main_process() -> bool:
 def info(message: str) -> None:
     """Print a message on standard output, from the main process only."""
     if is_main_process():
-        stdout.print(Text(message), soft_wrap=True)
+        _print(message)
+        log(message)
+
+
+def info_that_fits(messages: Sequence[str]) -> None:
+    """Print the first of several forms of a message that a terminal has room for in one line.
+
+    Without a terminal, and in the log, it is the first form.
+
+    Args:
+        messages: the forms, from the longest to the shortest. If none fits, it is the last one.
+    """
+    if not is_main_process():
+        return
+
+    shown = messages[0]
+    if stdout.is_terminal:
+        fitting = [message for message in messages if cell_len(message) <= stdout.width]
+        shown = fitting[0] if fitting else messages[-1]
+    _print(shown)
+    log(messages[0])
+
+
+def _print(message: str) -> None:
+    stdout.print(Text(message), soft_wrap=True)
 
 
 def error(message: str) -> None:
@@ -123,7 +234,16 @@ def error(message: str) -> None:
             lines of a launcher.
     """
     for line in message.splitlines():
-        stderr.print(Text(f"lrd: {line}", style="red"), soft_wrap=True)
+        stderr.print(Text(f"lrd: {_shorten(line)}", style="red"), soft_wrap=True)
+    log("\n".join(f"error: {line}" for line in message.splitlines()))
+
+
+def _shorten(line: str) -> str:
+    """Leave out the middle of a very long line: a path or a key may have any length."""
+    if len(line) <= _MAX_ERROR_LENGTH:
+        return line
+    half = _MAX_ERROR_LENGTH // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> None:
@@ -145,6 +265,10 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> N
         cells = [Text("" if cell is None else str(cell)) for cell in row]
         grid.add_row(*cells)
     stdout.print(grid)
+
+    plain = io.StringIO()
+    Console(file=plain, width=_LOG_TABLE_WIDTH).print(grid)
+    log("\n".join(line.rstrip() for line in plain.getvalue().splitlines()))
 
 
 def listing(
@@ -240,20 +364,26 @@ def _progress_columns(width: int) -> list[ProgressColumn]:
 class ProgressMeter:
     """A progress bar with a few figures beside it.
 
-    If the output is not a terminal, it prints a plain line every ten seconds instead.
+    If the output is not a terminal, it prints a plain line instead: after ten seconds, then more
+    and more rarely, at last once a minute.
 
     Args:
         description: what is being done.
         total: how much there is to do.
         start: how much was done before this process started.
+        has_last_line: whether the plain lines have a last one when all is done.
     """
 
-    def __init__(self, description: str, total: int, start: int = 0) -> None:
+    def __init__(
+        self, description: str, total: int, start: int = 0, has_last_line: bool = True
+    ) -> None:
         self.description = description
         self.total = total
+        self.has_last_line = has_last_line
         self._start = start
         self._start_time = time.monotonic()  # seconds
         self._last_line_time = self._start_time  # seconds
+        self._seconds_to_next_line = _SECONDS_BEFORE_FIRST_LINE
 
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -282,12 +412,17 @@ class ProgressMeter:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures, description=description)
             return
+        if not is_main_process():
+            return
 
         now = time.monotonic()
-        is_due = now - self._last_line_time >= _SECONDS_BETWEEN_LINES
-        if is_due or done == self.total:
+        is_due = now - self._last_line_time >= self._seconds_to_next_line
+        if is_due or (self.has_last_line and done == self.total):
             self._last_line_time = now
+            self._seconds_to_next_line = min(
+                2 * self._seconds_to_next_line, _MOST_SECONDS_BETWEEN_LINES
+            )
             seconds_per_item = (now - self._start_time) / max(1, done - self._start)
             left = seconds_per_item * (self.total - done)  # seconds
             line = f"{description} {done}/{self.total} {figures} {left:.0f} s left"
-            info(line.replace("  ", " "))
+            _print(line.replace("  ", " "))

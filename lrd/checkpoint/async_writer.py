@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.errors import UserError, describe_os_error
-from lrd.tracking.event_file import EventFile
+
+
+class Records(Protocol):
+    """What a run has recorded, in files that must not know less than a checkpoint."""
+
+    def flush(self) -> None:
+        """Hand all records to the file system; an OSError says that they could not be written."""
+
+    def sync(self) -> None:
+        """Wait until all flushed records are on the disk."""
 
 
 class AsyncWriter:
@@ -30,8 +39,8 @@ class AsyncWriter:
     Args:
         run_dir: the run directory that the checkpoints are written to.
         section: the recipe's `checkpoint`.
-        events: the run's event file. Its records up to a step are on the disk before the checkpoint
-            of that step is.
+        records: of the run. Those up to a step are on the disk before the checkpoint of that step
+            is.
 
     Attributes:
         errors: a line for each write that failed; `take_errors` removes them.
@@ -42,10 +51,10 @@ class AsyncWriter:
         seconds_writing: seconds that writing took, in the background or not.
     """
 
-    def __init__(self, run_dir: Path, section: recipes.Checkpoint, events: EventFile) -> None:
+    def __init__(self, run_dir: Path, section: recipes.Checkpoint, records: Records) -> None:
         self.run_dir = run_dir
         self.section = section
-        self.events = events
+        self.records = records
 
         self.errors: list[str] = []
         self.last_requested_step: int | None = None
@@ -81,22 +90,22 @@ class AsyncWriter:
         self.last_requested_step = state.step
 
         try:
-            self.events.flush()
+            self.records.flush()
         except OSError as error:
             self.errors.append(
-                f"{describe_os_error(error)}: no checkpoint of step {state.step} "
-                "without TensorBoard's records"
+                f"{describe_os_error(error)}: "
+                f"no checkpoint of step {state.step} without its records"
             )
             return
 
-        self._copy = copy_to_cpu([state.model, state.optimizer], self._copy)
-        model, optimizer = self._copy
+        self._copy = copy_to_cpu([state.model, state.optimizer, state.ema], self._copy)
+        model, optimizer, ema = self._copy
 
         # Copies from a GPU are asynchronous; the next step must not change what they read.
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
 
-        copied_state = store.TrainState(model, optimizer, state.trainer)
+        copied_state = store.TrainState(model, optimizer, state.trainer, ema, state.config)
         self._pending_write = self._executor.submit(self._write, copied_state, best_step)
         if not self.section.background:
             self.wait()
@@ -128,7 +137,7 @@ class AsyncWriter:
         """Write and publish one checkpoint, then delete old ones. Runs in the thread."""
         start = time.perf_counter()
         try:
-            self.events.sync()  # records first: a checkpoint says that its steps were recorded
+            self.records.sync()  # records first: a checkpoint says that its steps were recorded
             store.save(self.run_dir, state)
             self.last_published_step = state.step
             self.num_written += 1

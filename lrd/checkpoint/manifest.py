@@ -19,7 +19,8 @@ from typing import Any
 from lrd.errors import first_line
 
 NAME = "manifest.json"
-LAYOUT_VERSION = 2  # the layout version that is written, and the only one that is read
+LAYOUT_VERSION = 3  # the layout version that is written
+READABLE_VERSIONS = (2, 3)
 
 
 def write_manifest(folder: Path, step: int, files: Iterable[str]) -> None:
@@ -33,7 +34,7 @@ def write_manifest(folder: Path, step: int, files: Iterable[str]) -> None:
     entries = {
         "format": LAYOUT_VERSION,
         "step": step,
-        "files": {file: _measure(folder / file) for file in files},
+        "files": {file: measure(folder / file) for file in files},
     }
     (folder / NAME).write_text(_render(entries), encoding="utf-8")
 
@@ -44,14 +45,30 @@ def layout_version(folder: Path) -> Any:
     return None if entries is None else entries["format"]
 
 
-def find_damage(folder: Path, step: int, files: Iterable[str]) -> str | None:
+def read_files(folder: Path) -> dict[str, Any]:
+    """Return what a valid manifest says of each file: file name -> size and SHA-256.
+
+    Raises:
+        OSError: there is no valid manifest.
+    """
+    entries, error_line = _read(folder)
+    if entries is None or not isinstance(entries.get("files"), dict):
+        raise OSError(None, error_line or f"{NAME}: does not list the files of a checkpoint")
+    files: dict[str, Any] = entries["files"]
+    return files
+
+
+def find_damage(
+    folder: Path, step: int, required: dict[int, set[str]], optional: set[str]
+) -> str | None:
     """Compare a folder with its manifest.
 
     Args:
         folder: the folder of one checkpoint.
         step: the step in the folder's name. A folder that was renamed to another step counts as
             damaged.
-        files: names of the files that must be there.
+        required: for each layout version, names of the files that must be there.
+        optional: names of the files that may be there too.
 
     Returns:
         One line that names the first file that is wrong and the reason; None if the size and the
@@ -61,20 +78,21 @@ def find_damage(folder: Path, step: int, files: Iterable[str]) -> str | None:
     if entries is None:
         return error_line
 
-    if entries["format"] != LAYOUT_VERSION:
-        version = entries["format"]
-        return f"{NAME}: layout version {version!r}, this lrd reads {LAYOUT_VERSION}"
+    version = entries["format"]
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(str(readable) for readable in READABLE_VERSIONS)
+        return f"{NAME}: layout version {version!r}, this lrd reads {readable}"
 
     if entries.get("step") != step:
         return f"{NAME}: is of step {entries.get('step')}"
 
     listed = entries.get("files")
-    if not isinstance(listed, dict) or set(listed) != set(files):
+    if not isinstance(listed, dict) or set(listed) - optional != required[version]:
         return f"{NAME}: does not list the files of a checkpoint"
 
-    for file in files:
+    for file in listed:
         try:
-            measured = _measure(folder / file)
+            measured = measure(folder / file)
         except FileNotFoundError:
             return f"{file}: missing"
         except OSError as error:
@@ -111,12 +129,12 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
         return None, f"{NAME}: does not list the files of a checkpoint"
 
     digest = entries.pop("sha256", None)
-    if digest is None and entries["format"] == LAYOUT_VERSION:
+    if digest is None and entries["format"] in READABLE_VERSIONS:
         return None, f"{NAME}: sha256 of its entries is missing"
 
-    # Another layout need not have a digest, so its version is reported as it stands. Our own layout
-    # never gets here with one damaged byte: without its digest it was refused above; with another
-    # version it still has a digest.
+    # Another layout need not have a digest, so its version is reported as it stands. Those that are
+    # read here never get to this line with one damaged byte: without the digest they were refused
+    # above; with another version they still have a digest.
     if digest is None:
         return entries, ""
 
@@ -132,8 +150,14 @@ def _render(entries: dict[str, Any]) -> str:
     return json.dumps({**entries, "sha256": digest}, indent=1) + "\n"
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    """Return the size of a file in bytes and its SHA-256."""
+def measure(path: Path) -> dict[str, Any]:
+    """Return the size of a file in bytes and its SHA-256.
+
+    Raises:
+        OSError: it cannot be read, or is no file: to open a FIFO would wait for a writer.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(None, "is not a file")
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"bytes": stream.tell(), "sha256": digest}

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,7 @@ class RunDir:
             self._lock: IO[str] = (path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from None
+        _require_own_files(path)
 
         if not self._take_lock(STOP_SECONDS if patience is None else patience):
             raise UserError(f"run_dir: another run is using {path}; give this one another run_dir")
@@ -83,9 +85,11 @@ class RunDir:
         # os.replace is atomic, so no reader sees half a file.
         temporary = self.path / f".{name}.tmp"
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(temporary, self.path / name)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             raise UserError(
                 f"run_dir: {self.path / name} cannot be written: {error.strerror}"
             ) from None
@@ -104,6 +108,16 @@ class RunDir:
             "updated": time.time(),
         }
         self.write("status.json", json.dumps({"state": state, **more, **process}, indent=1))
+
+
+def _require_own_files(path: Path) -> None:
+    """Refuse a folder in which something else has the name of a file or folder of a run."""
+    checkpoints = path / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise UserError(f"run_dir: {checkpoints} is not a folder")
+    for name in ("status.json", "recipe.yaml"):
+        if (path / name).is_dir():
+            raise UserError(f"run_dir: {path / name} is a folder, should be a file of the run")
 
 
 def read_status(path: Path) -> dict[str, Any] | None:

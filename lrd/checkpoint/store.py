@@ -2,9 +2,14 @@
 
     <run_dir>/checkpoints/step-00001234/
         model.safetensors   weights and buffers, loadable by anyone
+        ema.safetensors     their moving averages, if the recipe asks for them
+        config.json         what inference needs: network, classes, image size, mean, recipe, ...
         optimizer.pt        state_dicts of optimizer and schedule; loads with weights_only=True
         trainer.json        position, best result, the settings that affect the results, versions
         manifest.json       size and SHA-256 of each file; written last
+
+What is in `config.json` is also in the metadata of the two files of weights, so each of these can
+be used alone.
 
 A checkpoint is written into a hidden folder beside its final place, flushed to disk, and published
 by one rename. So every checkpoint that a reader can see is complete.
@@ -20,7 +25,6 @@ import pickle
 import platform
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +33,30 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lrd.checkpoint import manifest
+from lrd.checkpoint import manifest, network_config
 from lrd.errors import UserError, first_line
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 TRAINER_FILE = "trainer.json"
-FILES = (MODEL_FILE, OPTIMIZER_FILE, TRAINER_FILE)
+CONFIG_FILE = "config.json"
+EMA_FILE = "ema.safetensors"
+
+# Layout version -> what a checkpoint of that version must have.
+_REQUIRED_FILES = {
+    2: {MODEL_FILE, OPTIMIZER_FILE, TRAINER_FILE},
+    3: {MODEL_FILE, OPTIMIZER_FILE, TRAINER_FILE, CONFIG_FILE},
+}
+_OPTIONAL_FILES = {EMA_FILE}
+
+# What `trainer.json` must have, so that a run can go on from it.
+_TRAINER_TYPES: dict[str, Any] = {
+    "step": int,
+    "skipped": int,
+    "evaluated": int,
+    "best": dict | None,
+}
+_MAX_STEP = 1 << 53  # a float64 counts up to it
 
 # This many valid checkpoints are kept whatever the recipe says: the disk may damage one later.
 MIN_VALID = 2
@@ -70,7 +91,7 @@ class TrainState:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return _nbytes([self.model, self.optimizer])
+        return _nbytes([self.model, self.optimizer, self.ema])
 
 
 def _nbytes(value: Any) -> int:
@@ -139,18 +160,18 @@ def save(run_dir: Path, state: TrainState) -> Path:
     try:
         temporary.mkdir(parents=True)
         _require_free_space(temporary, state.nbytes)
-        _write_files(temporary, state)
+        files = _write_files(temporary, state)
 
         # All bytes reach the disk before the rename makes them visible.
-        for file in (*FILES, manifest.NAME):
-            _flush(temporary / file)
-        _flush(temporary)
+        for file in (*files, manifest.NAME):
+            flush(temporary / file)
+        flush(temporary)
 
         # If the process is killed between these two renames, recover_newest undoes the first.
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
 
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch wraps the system's error ("No space left on device") in one that says less.
@@ -164,28 +185,68 @@ def save(run_dir: Path, state: TrainState) -> Path:
         # the only good checkpoint, so it is deleted only when another one is in its place.
         if replaced.exists() and not target.exists():
             replaced.rename(target)
+        if replaced.is_file():  # something else stood in the place of the checkpoint
+            replaced.unlink(missing_ok=True)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
-def _write_files(folder: Path, state: TrainState) -> None:
-    """Write the files of a checkpoint into a folder, the manifest last."""
-    # safetensors refuses tensors that are not contiguous, such as channels_last ones.
-    weights = {key: value.contiguous() for key, value in state.model.items()}
-    safetensors.torch.save_file(weights, folder / MODEL_FILE)
+def _write_files(folder: Path, state: TrainState) -> list[str]:
+    """Write the files of a checkpoint into a folder, the manifest last.
+
+    Returns:
+        Their names, without the manifest's.
+    """
+    versions = package_versions()
+    trainer = {**state.trainer, "versions": versions}
+    (folder / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
+
+    config = network_config.for_weights(state.config, network_config.NETWORK, versions)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+    files = [MODEL_FILE, OPTIMIZER_FILE, TRAINER_FILE, CONFIG_FILE]
+    _write_weights(folder / MODEL_FILE, state.model, config)
+    if state.ema is not None:
+        files.append(EMA_FILE)
+        config = network_config.for_weights(state.config, network_config.EMA, versions)
+        _write_weights(folder / EMA_FILE, state.ema, config)
 
     # Given a file name, torch hides the system's error message; given a stream, it does not.
     with (folder / OPTIMIZER_FILE).open("wb") as stream:
         torch.save(state.optimizer, stream)
 
-    trainer = {**state.trainer, "versions": package_versions()}
-    (folder / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
+    # safetensors lets only the owner read its files; the umask decides about the other files.
+    for file in files:
+        (folder / file).chmod((folder / TRAINER_FILE).stat().st_mode)
 
-    # safetensors lets only the owner read its file; the umask decides about the other files.
-    (folder / MODEL_FILE).chmod((folder / TRAINER_FILE).stat().st_mode)
+    manifest.write_manifest(folder, state.step, files)
+    return files
 
-    manifest.write_manifest(folder, state.step, FILES)
+
+def _write_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a safetensors file with a config in its metadata; equal values give equal bytes."""
+    # safetensors refuses tensors that are not contiguous, such as channels_last ones, and tensors
+    # that share memory, such as those of tied layers.
+    tensors: dict[str, Tensor] = {}
+    memory = set[int]()
+    for key, value in weights.items():
+        value = value.contiguous()
+        address = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if address in memory else value
+        memory.add(address)
+    safetensors.torch.save_file(tensors, path, network_config.to_metadata(config))
+
+    # safetensors writes the keys of the metadata in a random order. Two runs that end with the same
+    # bits must end with the same files.
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def _require_free_space(folder: Path, nbytes: int) -> None:
@@ -234,7 +295,7 @@ def delete_old(run_dir: Path, keep_last: int, best_step: int | None) -> list[str
 
 def has_other_layout(path: Path) -> bool:
     """Whether a checkpoint has a layout that this lrd does not read. That is not damage."""
-    return manifest.layout_version(path) not in (None, manifest.LAYOUT_VERSION)
+    return manifest.layout_version(path) not in (None, *manifest.READABLE_VERSIONS)
 
 
 def _delete(path: Path) -> None:
@@ -253,7 +314,7 @@ def find_damage(path: Path) -> str | None:
     """
     match = _NAME_PATTERN.match(path.name)
     step = int(match[1]) if match else -1
-    return manifest.find_damage(path, step, FILES)
+    return manifest.find_damage(path, step, _REQUIRED_FILES, _OPTIONAL_FILES)
 
 
 def find_newest_valid(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -339,7 +400,7 @@ def read_files(path: Path) -> dict[str, bytes]:
         UserError: a file cannot be read.
     """
     try:
-        return {file: (path / file).read_bytes() for file in FILES}
+        return {file: (path / file).read_bytes() for file in manifest.read_files(path)}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
 
@@ -356,10 +417,13 @@ def parse_files(path: Path, files: dict[str, bytes]) -> TrainState:
     """
     try:
         optimizer_stream = io.BytesIO(files[OPTIMIZER_FILE])
+        has_ema = EMA_FILE in files
         return TrainState(
             model=safetensors.torch.load(files[MODEL_FILE]),
             optimizer=torch.load(optimizer_stream, map_location="cpu", weights_only=True),
-            trainer=json.loads(files[TRAINER_FILE]),
+            trainer=_parse_trainer(files[TRAINER_FILE]),
+            ema=safetensors.torch.load(files[EMA_FILE]) if has_ema else None,
+            config=json.loads(files.get(CONFIG_FILE, b"{}")),
         )
     except pickle.UnpicklingError:
         raise UserError(
@@ -370,41 +434,27 @@ def parse_files(path: Path, files: dict[str, bytes]) -> TrainState:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
+def _parse_trainer(raw: bytes) -> dict[str, Any]:
+    """Read the values of `trainer.json`.
+
+    Raises:
+        ValueError: they are not what a run writes.
+    """
+    values = json.loads(raw)
+    if not isinstance(values, dict):
+        raise ValueError(f"{TRAINER_FILE}: does not hold keys and values")
+    for key, types in _TRAINER_TYPES.items():
+        if not isinstance(values.get(key), types):
+            raise ValueError(f"{TRAINER_FILE}: {key} is {values.get(key)!r}")
+    if not 0 <= values["step"] <= _MAX_STEP:
+        raise ValueError(f"{TRAINER_FILE}: step is {values['step']}")
+    return values
+
+
 def read_trainer(path: Path) -> dict[str, Any]:
     """Read the `trainer.json` of a checkpoint."""
     values: dict[str, Any] = json.loads((path / TRAINER_FILE).read_bytes())
     return values
-
-
-def export_weights(run_dir: Path, out: Path) -> Path:
-    """Copy the weights of the newest valid checkpoint to one safetensors file.
-
-    Names and shapes are those of torchvision's ResNets, except for the stem's 3 x 3 convolution.
-
-    Args:
-        run_dir: the run directory.
-        out: the file to write; an existing one is replaced.
-
-    Returns:
-        The checkpoint that the weights come from.
-
-    Raises:
-        UserError: there is no valid checkpoint, or `out` cannot be written; it is then untouched.
-    """
-    path, _ = find_newest_valid(run_dir)
-    if path is None:
-        raise UserError(f"{run_dir}: there is no valid checkpoint in it")
-
-    temporary = out.parent / f".lrd-export.{os.getpid()}.tmp"
-    try:
-        shutil.copyfile(path / MODEL_FILE, temporary)
-        _flush(temporary)
-        temporary.replace(out)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
-    return path
 
 
 def package_versions() -> dict[str, str]:
@@ -416,7 +466,7 @@ def package_versions() -> dict[str, str]:
     }
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file or folder to the disk, and drop a file from the system's cache.
 
     Without the second part, verifying the file afterwards would read the cache and not the disk.

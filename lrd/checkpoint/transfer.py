@@ -25,16 +25,16 @@ from lrd.errors import UserError, describe_os_error
 
 _NO_CHECKPOINT = -1  # in place of a step
 _CHUNK_BYTES = 1 << 24  # what each rank holds in memory of a file while it is broadcast
-_EVENT_FILES = "events.out.tfevents.*"
+_RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
 _STAGING_NAME = ".transfer"  # in rank 0's run directory; the run's lock keeps other runs out
 
 
 def fetch_newest(run_dir: Path) -> None:
     """Copy the newest valid checkpoint of all ranks into rank 0's `run_dir`.
 
-    All ranks must call it. The best checkpoint and the event files are copied too. If no rank has
-    a later valid checkpoint than rank 0, nothing is copied. A damaged checkpoint of rank 0 that a
-    valid one replaces is moved aside to `*.damaged`.
+    All ranks must call it. The best checkpoint, the event files and `metrics.csv` are copied too.
+    If no rank has a later valid checkpoint than rank 0, nothing is copied. A damaged checkpoint of
+    rank 0 that a valid one replaces is moved aside to `*.damaged`.
 
     Args:
         run_dir: the run directory on this rank's host; its path may differ between hosts.
@@ -110,11 +110,16 @@ def _list_files(run_dir: Path, step: int) -> list[tuple[str, int]]:
         if best_path.is_dir() and store.find_damage(best_path) is None:
             folders.append(best_path)
 
-    # TensorBoard's records too, or the run's curves would begin at this step on rank 0's host.
-    paths = list(run_dir.glob(_EVENT_FILES))
+    # The records too, or the run's curves would begin at this step on rank 0's host.
+    paths = _record_files(run_dir)
     for folder in folders:
         paths += folder.iterdir()
     return [(str(path.relative_to(run_dir)), path.stat().st_size) for path in sorted(paths)]
+
+
+def _record_files(folder: Path) -> list[Path]:
+    """The event files and `metrics.csv` of a run directory."""
+    return [path for pattern in _RECORD_FILES for path in folder.glob(pattern)]
 
 
 def _copy_file(source_path: Path, target_path: Path, size: int, source: int) -> str | None:
@@ -187,9 +192,9 @@ def _publish(staging: Path, run_dir: Path, errors: list[str]) -> None:
                 f"{errors[0]}"
             )
 
-        # Event files first: they may contain later steps than a checkpoint, but not fewer.
-        for event_file in staging.glob(_EVENT_FILES):
-            event_file.replace(run_dir / event_file.name)
+        # Records first: they may contain later steps than a checkpoint, but not fewer.
+        for record_file in _record_files(staging):
+            record_file.replace(run_dir / record_file.name)
 
         # Each folder appears complete, by one rename.
         target_dir = store.checkpoints_dir(run_dir)

@@ -6,7 +6,7 @@
 | `launch` | several ranks: Accelerate's launcher without its trace-backs |
 | `rank` | what `launch` starts on each rank |
 | `check` | a recipe tried out without training |
-| `run_records` | what the files of a run directory say |
+| `study` | arms of a recipe over several seeds |
 | `tables` | tables of runs and checkpoints |
 | `plots` | pictures of learning rates |
 | `compare` | runs side by side: a table, curves, an HTML page |

@@ -5,6 +5,7 @@ Each command imports what it needs itself, so that `lrd --help` does not wait fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -60,8 +61,10 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe in one process. The same command resumes a run that was stopped."""
+    from lrd.distributed.accelerator import check_launch_variables
     from lrd.train import run
 
+    _run_or_exit(check_launch_variables)
     raise typer.Exit(run(recipe, overrides or []))
 
 
@@ -83,8 +86,12 @@ def launch(
     1 failed, 2 an error of the user, 75 stopped by a signal and saved.
     """
     from lrd.cli.launch import launch as launch_ranks
+    from lrd.distributed import network
 
-    raise typer.Exit(_run_or_exit(lambda: launch_ranks(arguments or [])))
+    status = _run_or_exit(lambda: launch_ranks(arguments or []))
+    if network.has_abandoned_threads():
+        network.exit_at_once(status)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -94,6 +101,10 @@ def check(
         list[str] | None,
         typer.Argument(metavar="[section.key=value]...", help="settings to change in the recipe"),
     ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="print the times as a JSON object in place of the table"),
+    ] = False,
 ) -> None:
     """Try a recipe out without training: data, shapes, a few steps, memory, time of an epoch.
 
@@ -101,7 +112,52 @@ def check(
     """
     from lrd.cli.check import check as check_recipe
 
-    _run_or_exit(lambda: check_recipe(recipe, overrides or []))
+    _run_or_exit(lambda: check_recipe(recipe, overrides or [], as_json))
+
+
+@app.command()
+def study(
+    file: Annotated[
+        Path,
+        typer.Argument(help="a study file: a base recipe, arms that change it, and seeds"),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="settings to change in all arms"),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="runs at a time; they share cores and GPUs")
+    ] = 1,
+    only: Annotated[
+        str,
+        typer.Option("--only", help="i/n: every n-th run from the i-th, for an array of jobs"),
+    ] = "",
+    runs_dir: Annotated[
+        Path, typer.Option("--runs", help="the folder that gets the study's folder")
+    ] = Path("runs"),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="the folder of the report; default: the study's folder"),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="measure a few steps and show what is left to do")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="run nothing; report the runs that are done")
+    ] = False,
+) -> None:
+    """Compare arms of a recipe over several seeds: run them, and report what came of it.
+
+    The same command goes on where it was stopped. Exit status 0 done, 1 a run failed, 2 an error
+    of the user, 75 stopped by a signal and saved.
+    """
+    from lrd.cli.study import study as run_study
+
+    raise typer.Exit(
+        _run_or_exit(
+            lambda: run_study(file, overrides or [], jobs, only, runs_dir, out, plan, report)
+        )
+    )
 
 
 @app.command()
@@ -179,24 +235,111 @@ def checkpoints(
         Path | None,
         typer.Option(
             "--export",
-            help="write the weights of the newest valid checkpoint to this .safetensors file",
+            help="write the weights of the newest valid checkpoint, with all that inference needs, "
+            "to this .safetensors file, or to a folder as Hugging Face has it",
         ),
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="export the checkpoint of the best evaluation")
+    ] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="export the moving averages of the weights")
+    ] = False,
+    step: Annotated[
+        int | None, typer.Option("--step", help="export the checkpoint of this step")
+    ] = None,
 ) -> None:
-    """Show a table of a run's checkpoints."""
+    """Show a table of a run's checkpoints, or export the weights of one."""
     from lrd.cli.tables import checkpoints_table, export_weights_and_report
 
     if export is not None and verify:
         console.error("checkpoints: --export verifies what it exports; leave --verify out")
         raise typer.Exit(UserError.status)
+    if export is None and (best or ema or step is not None):
+        console.error("checkpoints: --best, --ema and --step say what to --export")
+        raise typer.Exit(UserError.status)
     if export is not None:
         out = export  # for mypy: within the lambda it cannot be None
-        _run_or_exit(lambda: export_weights_and_report(run_dir, out))
+        _run_or_exit(lambda: export_weights_and_report(run_dir, out, best, ema, step))
         return
 
     all_valid = _run_or_exit(lambda: checkpoints_table(run_dir, verify))
     if not all_valid:
         raise typer.Exit(1)
+
+
+_WEIGHTS_HELP = "a run directory, a checkpoint, or what --export wrote"
+
+
+@app.command(name="eval")
+def evaluate(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_FILE", help=_WEIGHTS_HELP)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...",
+            help="data.*, trainer.* or model.arch of the recipe, e.g. data.root=images",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="images in DIR/<class>/ or DIR/test/<class>/"),
+    ] = None,
+    part: Annotated[
+        str,
+        typer.Option("--part", help="test, or validation: the images that the recipe holds out"),
+    ] = "test",
+    best: Annotated[
+        bool, typer.Option("--best", help="of a run, the checkpoint of the best evaluation")
+    ] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="the moving averages of the weights")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="draw the confusion matrix into this image file"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON object in place of the table")
+    ] = False,
+) -> None:
+    """Evaluate trained weights: accuracy, loss, a row for each class, the confusion matrix.
+
+    By default on the test images of the recipe; the accuracy is then the training run's own.
+    """
+    from lrd.cli.evaluate import evaluate as evaluate_weights
+
+    _run_or_exit(
+        lambda: evaluate_weights(weights, overrides or [], data, part, best, ema, out, as_json)
+    )
+
+
+@app.command()
+def predict(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_FILE", help=_WEIGHTS_HELP)],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE... [section.key=value]...",
+            help="image files, and folders of them; model.arch or trainer.device to change",
+        ),
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="number of classes")] = 5,
+    best: Annotated[
+        bool, typer.Option("--best", help="of a run, the checkpoint of the best evaluation")
+    ] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="the moving averages of the weights")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a list of JSON objects in place of the table")
+    ] = False,
+) -> None:
+    """Show the most probable classes of images, with their probabilities.
+
+    Exit status 2 if an image cannot be read; the others are shown all the same.
+    """
+    from lrd.cli.predict import predict as predict_images
+
+    raise typer.Exit(
+        _run_or_exit(lambda: predict_images(weights, arguments, top, best, ema, as_json))
+    )
 
 
 @app.command()
@@ -229,4 +372,9 @@ def _run_or_exit(action: Callable[[], T]) -> T:
 
 def main() -> None:
     """The entry point of the `lrd` command."""
-    app()
+    try:
+        app()
+    except OSError as error:  # the help of a command that nobody can read, on a full disk
+        console.error(describe_os_error(error))
+        console.stdout.file.flush()  # Python would report it once more at its end
+        sys.exit(UserError.status)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
 import statistics
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrd import console, train
 from lrd import recipe as recipes
 from lrd.checkpoint import store
-from lrd.cli.run_records import describe_seconds
+from lrd.checkpoint.run_records import describe_seconds
 from lrd.data import datasets
 from lrd.distributed import hardware
 from lrd.distributed.accelerator import start_rank
@@ -28,13 +31,27 @@ _TIMED_STEPS = 5
 _SECONDS_OF_STEPS = 20.0  # after which no further step is timed
 
 
-def check(recipe_path: str, overrides: list[str]) -> None:
+def check(recipe_path: str, overrides: list[str], as_json: bool = False) -> None:
     """Try a recipe out in this process and print what it needs. Nothing is written.
+
+    Args:
+        recipe_path: the recipe file.
+        overrides: `section.key=value`.
+        as_json: print the times as a JSON object in place of the table; all else that is printed
+            goes to standard error.
 
     Raises:
         UserError: something is wrong with the recipe, the data, the device or the run directory.
         RunError: the loss of the first steps is not finite.
     """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        costs = _try_out(recipe_path, overrides)
+    if as_json:
+        console.info(json.dumps(costs, indent=1))
+
+
+def _try_out(recipe_path: str, overrides: list[str]) -> dict[str, Any]:
+    """Returns the times, for `--json`."""
     recipe = hardware.resolve_auto(recipes.load(recipe_path, overrides))
     run_dir = describe_run_dir(Path(recipe.run_dir))
     calls = RollCall()
@@ -55,6 +72,12 @@ def check(recipe_path: str, overrides: list[str]) -> None:
     rows = _describe(job, losses, step_seconds, eval_seconds)
     console.table("", ["", ""], [*rows, ("run_dir", run_dir)])
     console.info(f"{recipe_path}: nothing is wrong with it here")
+    return {
+        "total_steps": job.total_steps,
+        "steps_per_epoch": job.batches.steps_per_epoch,
+        "step_seconds": step_seconds,
+        "evaluation_seconds": eval_seconds,
+    }
 
 
 def run_steps(job: Job) -> tuple[list[float], float]:
@@ -105,8 +128,11 @@ def describe_run_dir(run_dir: Path) -> str:
         UserError: it cannot be written.
     """
     existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:  # the name is too long
+        raise UserError(f"run_dir: {run_dir} cannot be written: {first_line(error)}") from None
     if not existing.is_dir():
         raise UserError(f"run_dir: {run_dir} cannot be written: {existing} is a file")
     if not os.access(existing, os.W_OK):

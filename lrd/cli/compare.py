@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrd import __version__, console
+from lrd.checkpoint.run_records import RunSummary, describe_seconds, read_recipe, read_summary
 from lrd.cli.plots import COLOURS, STYLES, name_paths
-from lrd.cli.run_records import RunSummary, describe_seconds, read_recipe, read_summary
 from lrd.errors import UserError
 from lrd.tracking.event_file import read_scalars
 

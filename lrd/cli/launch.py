@@ -54,6 +54,15 @@ OPTIONS_OF_FILE = {
     "hosts-gpu.yaml": [*_SEVERAL_HOSTS, "--gpu_ids", "all", "--num_processes", "16", *_COMMON],
 }
 
+# Option -> its smallest and its largest value.
+_RANGES = {
+    "num_processes": (1, 1_000_000),
+    "num_machines": (1, 1_000_000),
+    "machine_rank": (0, 999_999),
+    "main_process_port": (0, 65_535),
+    "max_restarts": (0, 1_000_000),
+}
+
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LAUNCHER_LOGGERS = ("torch.distributed.elastic", "torch.distributed.run")
 _SECONDS_TO_LEAVE = 30.0  # what torch's launcher gives its ranks too
@@ -94,7 +103,8 @@ def launch(arguments: list[str]) -> int:
             except ValueError as error:  # options that contradict each other
                 if ranks.processes:
                     raise
-                raise UserError(f"launch: {first_line(error)}") from None
+                file = f"{options.config_file}: " if options.config_file else ""
+                raise UserError(f"launch: {file}{first_line(error)}") from None
             except BaseException as error:
                 if not ranks.explain(error):
                     _show(log_lines)
@@ -117,6 +127,7 @@ def build_command(
         raise UserError("launch: no recipe: lrd launch [options of accelerate launch] RECIPE")
 
     options = _parse(parser, arguments)
+    _check_options(options)
     num_options = len(arguments) - len(options.training_script_args) - 1
     user_options = arguments[:num_options]
     target = arguments[num_options:]
@@ -133,6 +144,18 @@ def build_command(
     # Accelerate's --cpu starts a single process, whatever --num_processes says.
     user_options = [option for option in user_options if option not in ("--cpu", "--use_cpu")]
     return [*_choose_launch_file(options), *user_options, *target]
+
+
+def _check_options(options: Namespace) -> None:
+    """Refuse what Accelerate and torch would answer with a trace-back."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not low <= int(value) <= high:
+            raise UserError(f"launch: --{name}: is {value}, should be {low} or more, up to {high}")
+
+    config_file = options.config_file
+    if config_file is not None and not os.path.isfile(config_file):
+        raise UserError(f"launch: --config_file: {config_file} is not a file")
 
 
 def _choose_launch_file(options: Namespace) -> list[str]:

@@ -10,7 +10,7 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.data import datasets
 from lrd.errors import UserError
-from lrd.parts.schedules import lr_trajectory
+from lrd.parts.schedules import lr_trajectory, total_steps
 from lrd.tracking.event_file import read_scalars
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PROBED_STEPS = 60  # steps in the plot of single elements
 _ASSUMED_IMAGES = 50_000  # where a recipe's images cannot be counted
+_MAX_STEPS = 5_000_000  # of a recipe
 _MAX_LEGEND_ROWS = 24  # in one column of the legend
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow, and black.
@@ -78,6 +79,8 @@ def draw_trajectories(arguments: list[str], out: Path) -> None:
     Raises:
         UserError: a source cannot be read, or the image cannot be written.
     """
+    if not out.suffix:
+        raise UserError(f"--out: is {str(out)!r}, should be the name of a file such as lr.png")
     paths, overrides = split_arguments(arguments)
     sources = read_sources(paths, overrides)
 
@@ -144,6 +147,11 @@ def name_paths(paths: list[Path]) -> list[str]:
 def _read_recipe(recipe: recipes.Recipe, name: str) -> Source:
     """The learning rates that a recipe prescribes, with those to be expected of its masks."""
     steps_per_epoch = _steps_per_epoch(name, recipe)
+    num_steps = total_steps(recipe, steps_per_epoch)
+    if num_steps > _MAX_STEPS:
+        raise UserError(
+            f"trainer.epochs: {name} has {num_steps:,} steps; at most {_MAX_STEPS:,} can be drawn"
+        )
 
     trajectories = []
     for group, lrs in lr_trajectory(recipe, steps_per_epoch).items():
@@ -178,12 +186,10 @@ def _steps_per_epoch(name: str, recipe: recipes.Recipe) -> int:
         UserError: a batch is larger than the training set.
     """
     try:
-        num_images = datasets.count_training_images(recipe.data)
-    except UserError:  # the recipe's folder of images is on another machine, or not yet made
+        num_images = datasets.count_training_images(recipe.data, recipe.seed)
+    except UserError as error:  # the images are on another machine, or not yet made
         num_images = _ASSUMED_IMAGES
-        console.info(
-            f"{name}: no images in {recipe.data.root}; drawn as if there were {num_images:,}"
-        )
+        console.info(f"{name}: {error}; drawn as if there were {num_images:,} images")
 
     if recipe.data.batch_size > num_images:
         raise UserError(

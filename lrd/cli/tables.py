@@ -10,7 +10,9 @@ from typing import Any
 
 from lrd import console
 from lrd.checkpoint import store
-from lrd.cli.run_records import RunSummary, describe_seconds, find_runs
+from lrd.checkpoint.export import export_weights
+from lrd.checkpoint.network_config import read_config
+from lrd.checkpoint.run_records import RunSummary, describe_seconds, find_runs
 from lrd.errors import UserError
 
 # How `lrd runs --sort` orders: best, newest or longest first; what is not known comes last.
@@ -117,17 +119,25 @@ def checkpoints_table(run_dir: Path, verify: bool) -> bool:
     return all_valid
 
 
-def export_weights_and_report(run_dir: Path, out: Path) -> None:
-    """Write the weights of the newest valid checkpoint to a file and print how to load them.
+def export_weights_and_report(
+    run_dir: Path, out: Path, best: bool = False, ema: bool = False, step: int | None = None
+) -> None:
+    """Write the weights of a checkpoint to a file or folder and print how to use them.
 
     Raises:
-        UserError: there is no valid checkpoint, or `out` cannot be written.
+        UserError: there is no such checkpoint, or `out` cannot be written.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run directory")
-
-    path = store.export_weights(run_dir, out)
-    console.info(f"{out}: the weights of {path}; load them with safetensors.torch.load_file")
+    path = export_weights(run_dir, out, best, ema, step)
+    kind = "averaged weights" if ema else "weights"
+    file = out / store.MODEL_FILE if out.is_dir() else out
+    if read_config(file):
+        advice = f"use them with lrd eval, lrd predict or lrd.load_model({str(out)!r})"
+    else:
+        advice = (
+            "an older lrd wrote them without a description of the network, so only "
+            "safetensors.torch.load_file can load them"
+        )
+    console.info(f"{out}: the {kind} of {path}; {advice}")
 
 
 def _describe_position(path: Path) -> tuple[str, str]:
@@ -138,6 +148,8 @@ def _describe_position(path: Path) -> tuple[str, str]:
         best = trainer["best"]
         if best is None:
             return epoch, ""
-        return epoch, f"{best['accuracy']:.4f} at step {best['step']}"
+        # Checkpoints of earlier versions do not name it: it was the accuracy on the test images.
+        accuracy = best[best.get("metric", "accuracy")]
+        return epoch, f"{accuracy:.4f} at step {best['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "?", "?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
+import errno
 import re
 import reprlib
 import sys
@@ -110,6 +110,7 @@ def _expand_homes(recipe: Recipe) -> Recipe:
     recipe.data.root = _expand_home(recipe.data.root, "data.root")
     if recipe.model.weights is not None:
         recipe.model.weights = _expand_home(recipe.model.weights, "model.weights")
+        _require_path(recipe.model.weights, "model.weights")
     _require_path(recipe.run_dir, "run_dir")
     _require_path(recipe.data.root, "data.root")
     return recipe
@@ -120,9 +121,12 @@ def _require_path(path: str, key: str) -> None:
     if "\0" in path:
         raise UserError(f"{key}: is {show_value(path)}, a path cannot contain a NUL")
     try:
-        os.fsencode(path)
+        Path(path).lstat()
     except UnicodeEncodeError:
         raise UserError(f"{key}: is {path!a}, {_describe_encoding_problem()}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{key}: is {show_value(path)}: {first_line(error)}") from None
 
 
 def _describe_encoding_problem() -> str:

@@ -1232,7 +1232,7 @@ class Tracking(Section):
     )
     histograms_every: Int = setting(
         0,
-        "steps between histograms of each parameter's update; 0: never",
+        "steps between histograms of each parameter's update, for TensorBoard; 0: never",
         affects_results=False,
         ge=0,
     )
@@ -1294,7 +1294,8 @@ class Recipe(Section):
     )
     run_dir: str = setting(
         "runs/default",
-        "folder of checkpoints, TensorBoard's event files, `recipe.yaml` and `status.json`",
+        "folder of checkpoints, TensorBoard's event files, `metrics.csv`, `train.log`, "
+        "`recipe.yaml` and `status.json`",
         affects_results=False,
         shared_by_ranks=False,
         default_means="`runs/<name of the file>`",

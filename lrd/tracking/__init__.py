@@ -1,1 +1,11 @@
-"""TensorBoard: `tracker` decides what is recorded, `event_file` writes and reads the records."""
+"""What a run records.
+
+| file | what it contains |
+| --- | --- |
+| `tracker` | which values are recorded, and under which tags |
+| `pages` | what TensorBoard shows beside curves: charts, HParams, text, histograms |
+| `event_file` | TensorBoard's files: a writer and a reader |
+| `metrics_file` | `metrics.csv`, the same values as a table |
+| `lost_records` | finds the steps whose records are lost |
+| `file_writes` | writes that a full disk or a kill may interrupt |
+"""

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lrd.errors import first_line
+from lrd.tracking import file_writes
 
 _SECONDS_BETWEEN_FLUSHES = 5.0
 
@@ -67,39 +67,18 @@ class EventFile:
             OSError: they could not be written; the error names the file. The records are kept, and
                 the next flush tries again.
         """
-        try:
-            self._write()
-        except OSError as error:
-            raise OSError(error.errno, first_line(error), str(self.path)) from error
+        self._valid_size = file_writes.append(self.path, self._pending.getvalue(), self._valid_size)
+        self._pending.seek(0)
+        self._pending.truncate()
         self._last_flush = time.monotonic()
 
     def sync(self) -> None:
         """Wait until all flushed records are on the disk."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        file_writes.sync(self.path)
 
     def _append(self, event: Event) -> None:
         event.wall_time = time.time()
         self._record_writer.write(event.SerializeToString())
-
-    def _write(self) -> None:
-        """Write all pending records to the end of the file."""
-        with self.path.open("ab", buffering=0) as stream:
-            if stream.tell() > self._valid_size:
-                # An earlier write failed and left a part of what it had to write.
-                stream.truncate(self._valid_size)
-
-            content = self._pending.getvalue()
-            written = 0
-            while written < len(content):
-                written += stream.write(content[written:])
-
-        self._valid_size += len(content)
-        self._pending.seek(0)
-        self._pending.truncate()
 
 
 def _next_file_time(folder: Path) -> int:

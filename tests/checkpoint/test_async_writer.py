@@ -97,7 +97,7 @@ def test_changes_to_the_state_after_save_are_not_written(tmp_path, gate):
     writer.save(state, None)
 
     # Change all that can be changed in place while the write is held.
-    for weight in state.model.values():
+    for weight in [*state.model.values(), *state.ema.values()]:
         weight.zero_()
 
     param_states = state.optimizer["optimizer"]["state"]
@@ -118,7 +118,9 @@ def test_changes_to_the_state_after_save_are_not_written(tmp_path, gate):
 
     back = store.read(store.checkpoint_path(tmp_path, 1))
     assert same({key: back.model[key] for key in expected.model}, dict(expected.model))
+    assert same({key: back.ema[key] for key in expected.ema}, expected.ema)
     assert same(back.optimizer, expected.optimizer)
+    assert back.config["lrd"]["step"] == 1
 
 
 def test_two_saves_that_share_one_copy_write_their_own_states(tmp_path):
@@ -230,10 +232,10 @@ def test_no_checkpoint_is_written_if_the_event_file_cannot_be(tmp_path, monkeypa
 
 def test_tensorboard_records_are_written_before_the_checkpoint(tmp_path, gate):
     writer = make_writer(tmp_path)
-    writer.events.add(scalar("loss", 1.0), 1)
-    before = writer.events.path.stat().st_size if writer.events.path.exists() else 0
+    writer.records.add(scalar("loss", 1.0), 1)
+    before = writer.records.path.stat().st_size if writer.records.path.exists() else 0
     writer.save(make_state(1), None)
-    assert writer.events.path.stat().st_size > before
+    assert writer.records.path.stat().st_size > before
 
 
 @pytest.mark.parametrize(("best_step", "kept"), [(None, [4, 5]), (2, [2, 4, 5]), (5, [4, 5])])

@@ -57,13 +57,13 @@ def die_at(number: int, folder: Path) -> None:
         # shutil.rmtree names files relative to the folder that it is in.
         return not os.path.isabs(path) or path.startswith(str(folder))
 
-    def in_halves(write: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def in_halves(write: Callable[..., None]) -> Callable[..., None]:
         """Make a function that writes a file leave half of it first, with a point to die there."""
 
-        def write_in_halves(value: Any, target: Any) -> None:
+        def write_in_halves(value: Any, target: Any, *more: Any) -> None:
             count()
 
-            write(value, target)
+            write(value, target, *more)
             if isinstance(target, Path):
                 os.truncate(target, target.stat().st_size // 2)
             else:
@@ -72,7 +72,7 @@ def die_at(number: int, folder: Path) -> None:
                 target.seek(0)
             count()
 
-            write(value, target)
+            write(value, target, *more)
             count()
 
         return write_in_halves

@@ -87,10 +87,11 @@ def damage(run_dir: Path, step: int) -> None:
     flip_a_bit(store.checkpoint_path(run_dir, step) / "model.safetensors")
 
 
-def test_a_later_checkpoint_is_copied_with_the_best_one_and_the_event_files(group, run_dirs):
+def test_a_later_checkpoint_is_copied_with_the_best_one_and_the_records(group, run_dirs):
     save(run_dirs[0])
     save(run_dirs[1], 1, 2, 3)
     (run_dirs[1] / "events.out.tfevents.0").write_bytes(b"records")
+    (run_dirs[1] / "metrics.csv").write_bytes(b"a table")
 
     assert fetch(group, run_dirs) == [None, None]
     assert listed(run_dirs[0]) == ["step-00000001", "step-00000003"]
@@ -98,6 +99,7 @@ def test_a_later_checkpoint_is_copied_with_the_best_one_and_the_event_files(grou
         copied, source = (content(store.checkpoint_path(path, step)) for path in run_dirs)
         assert copied == source
     assert (run_dirs[0] / "events.out.tfevents.0").read_bytes() == b"records"
+    assert (run_dirs[0] / "metrics.csv").read_bytes() == b"a table"
     assert not (run_dirs[0] / ".transfer").exists()
 
 

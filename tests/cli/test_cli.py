@@ -28,6 +28,7 @@ from lrd.cli.app import app
 from lrd.errors import UserError
 from lrd.tracking.event_file import EventFile
 from tests.helpers.checkpoints import flip_a_bit
+from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.tensorboard_events import read_scalars
 
 RECIPE = """
@@ -399,7 +400,7 @@ FULL = "lrd: events.out: No space left on device"
 
 def no_checkpoint(step: int) -> str:
     """The message about a checkpoint that a full disk prevented."""
-    return f"{FULL}: no checkpoint of step {step} without TensorBoard's records"
+    return f"{FULL}: no checkpoint of step {step} without its records"
 
 
 @pytest.fixture
@@ -554,7 +555,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_for_the_next_start(
 
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(lrd.train, "evaluate", stop_in_evaluation)
+        patch.setattr(lrd.train, "evaluate_parts", stop_in_evaluation)
         stopped = invoke("train", recipe, f"run_dir={run_dir}")
     assert stopped.exit_code == 75
     assert "stopped by signal 15 after step 3, saved" in stopped.stdout
@@ -565,6 +566,11 @@ def test_a_signal_in_the_last_evaluation_leaves_it_for_the_next_start(
     assert read_status(run_dir)["state"] == "finished"
     assert read_status(run_dir)["best_accuracy"] is not None
     assert store.read_trainer(store.checkpoint_path(run_dir, 3))["evaluated"] == 3
+
+    # The row of the last step was in the file already, without its evaluation.
+    rows = read_metrics(run_dir)
+    assert rows == read_records_by_step(run_dir)
+    assert {"train/loss", "test/loss"} <= rows[3].keys()
 
 
 def test_check_tries_a_recipe_out_and_writes_nothing(tmp_path, recipe):

@@ -18,7 +18,7 @@ from lrd import recipe as recipes
 from lrd.checkpoint.run_dir import RunDir
 from lrd.cli import compare
 from lrd.cli.app import app
-from lrd.cli.run_records import describe_seconds, find_runs
+from lrd.checkpoint.run_records import describe_seconds, find_runs
 from tests.helpers.tracked_run import TrackedRun, make_recipe
 
 

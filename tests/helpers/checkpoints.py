@@ -41,7 +41,13 @@ def make_state(step: int) -> TrainState:
         "skipped": 2,
         "evaluated": step - 1,
     }
-    return TrainState(weights, {"optimizer": optimizer.state_dict(), "schedule": schedule}, trainer)
+    return TrainState(
+        model=weights,
+        optimizer={"optimizer": optimizer.state_dict(), "schedule": schedule},
+        trainer=trainer,
+        ema={key: value + 1 for key, value in weights.items()},
+        config={"num_labels": 4, "lrd": {"version": 1, "step": step}},
+    )
 
 
 def same(a: Any, b: Any) -> bool:

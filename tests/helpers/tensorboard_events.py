@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def load_events(run_dir: Path) -> EventAccumulator:
-    """Load all event files of a run, with no limit on the number of scalars and tensors."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
+    """Load all event files of a run, with no limit on the number of records."""
+    events = EventAccumulator(
+        str(run_dir), size_guidance=dict.fromkeys(("scalars", "tensors", "histograms"), 0)
+    )
     events.Reload()
     return events
 

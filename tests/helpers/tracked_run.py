@@ -13,15 +13,18 @@ from lrd.tracking.tracker import Tracker
 
 GROUPS = ["group0", "head"]
 LRS = [0.25, 0.5]  # of each group
+STEPS_PER_EPOCH = 5
 
 
-def make_recipe(keep_prob: float | None = 0.5, probes: int = 4) -> recipes.Recipe:
+def make_recipe(
+    keep_prob: float | None = 0.5, probes: int = 4, histograms_every: int = 0
+) -> recipes.Recipe:
     """A recipe with a parameter group for each of the network's two layers."""
     head = {"match": "2.*", "name": "head", "lr": LRS[1]}
     settings = {
         "optimizer": {"lr": LRS[0], "momentum": 0.9, "groups": [head]},
         "lr_dropout": None if keep_prob is None else {"keep_prob": keep_prob},
-        "tracking": {"probes": probes},
+        "tracking": {"probes": probes, "histograms_every": histograms_every},
     }
     return recipes.parse(settings, "test")
 
@@ -39,7 +42,9 @@ class TrackedRun:
         self.recipe = recipe or make_recipe()
         self.network = make_network()
         self.optimizer = build_optimizer(self.network, self.recipe)
-        self.tracker = Tracker(run_dir, step, self.recipe, self.network, self.optimizer)
+        self.tracker = Tracker(
+            run_dir, step, STEPS_PER_EPOCH, self.recipe, self.network, self.optimizer
+        )
 
     def update(self, step: int, loss: float = 0.0) -> list[torch.Tensor]:
         """Do and record one step.

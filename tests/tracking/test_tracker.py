@@ -7,12 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS, Experiment
+from tensorboard.plugins.hparams.backend_context import Context as BackendContext
 
-from lrd.tracking import tracker
+from lrd import recipe as recipes
+from lrd.tracking import pages, tracker
 from lrd.tracking.tracker import Tracker, choose_probes
+from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.tensorboard_events import load_events, read_scalars
-from tests.helpers.tracked_run import GROUPS, LRS, TrackedRun, make_network, make_recipe
+from tests.helpers.tracked_run import (
+    GROUPS,
+    LRS,
+    STEPS_PER_EPOCH,
+    TrackedRun,
+    make_network,
+    make_recipe,
+)
 
 
 def read_once(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -172,26 +188,207 @@ def test_the_recipe_is_recorded_as_text(tmp_path):
     assert yaml.safe_load(text) == yaml.safe_load(run.recipe.dump())
 
 
-def test_hyper_parameters_are_recorded_with_the_final_metrics(tmp_path):
+def read_settings(run_dir: Path) -> dict[str, object]:
+    """The settings that HParams shows of a run."""
+    content = load_events(run_dir).summary_metadata[metadata.SESSION_START_INFO_TAG]
+    start = metadata.parse_session_start_info_plugin_data(content.plugin_data.content)
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
+
+
+def read_experiment(run_dir: Path) -> Experiment:
+    """The columns that HParams takes from a run."""
+    content = load_events(run_dir).summary_metadata[metadata.EXPERIMENT_TAG]
+    return metadata.parse_experiment_plugin_data(content.plugin_data.content)
+
+
+def test_hyper_parameters_are_there_from_the_first_step(tmp_path):
+    run = TrackedRun(tmp_path)
+    settings = read_settings(tmp_path)
+    assert settings["optimizer.lr"] == LRS[0]
+    assert settings["optimizer.name"] == "SGD"
+    assert settings["lr_dropout.keep_prob"] == 0.5
+    assert settings["lr_dropout.kind"] == "dropout"
+    assert settings["data.skip_corrupt"] is False
+
+    expected = {key for key, value in run.recipe.result_settings().items() if value is not None}
+    assert set(settings) == expected | {"lr_dropout.kind"}
+
+
+@pytest.mark.parametrize("shown_run", ["lrd", "plain"])
+def test_runs_with_and_without_lr_dropout_can_be_compared(tmp_path, shown_run):
+    """TensorBoard takes the columns from one of the runs, whichever comes first."""
+    TrackedRun(tmp_path / "lrd")
+    TrackedRun(tmp_path / "plain", recipe=make_recipe(keep_prob=None))
+    assert read_settings(tmp_path / "plain")["lr_dropout.keep_prob"] == 1.0
+    assert read_settings(tmp_path / "plain")["lr_dropout.kind"] == "none"
+
+    experiment = read_experiment(tmp_path / shown_run)
+    columns = {info.name for info in experiment.hparam_infos}
+    assert columns >= read_settings(tmp_path / "lrd").keys()
+    assert columns >= read_settings(tmp_path / "plain").keys()
+
+    first_columns = {info.name for info in experiment.hparam_infos if info.differs}
+    assert {"lr_dropout.keep_prob", "optimizer.lr"} <= first_columns
+    assert len(first_columns) == 5  # as many as TensorBoard shows at first
+
+
+def test_the_metrics_of_the_hyper_parameters_are_tags_of_the_run(tmp_path):
     run = TrackedRun(tmp_path)
     run.update(1)
-    run.tracker.record_hparams(1, {"accuracy": 0.75, "loss": 1.5})
+    run.tracker.record_evaluation(1, {"loss": 2.0, "accuracy": 0.5})
+    run.tracker.record_end(1)
     run.tracker.flush()
-    metadata = load_events(tmp_path).summary_metadata
 
-    content = metadata["_hparams_/session_start_info"].plugin_data.content
-    values = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert values["optimizer.lr"].number_value == LRS[0]
-    assert values["lr_dropout.keep_prob"].number_value == 0.5
-    assert values["optimizer.name"].string_value == "SGD"
+    tags = [info.name.tag for info in read_experiment(tmp_path).metric_infos]
+    assert tags == ["test/accuracy", "test/loss", "train/accuracy", "train/loss"]
+    assert not [tag for tag in read_once(tmp_path) if tag.startswith("hparam")]
 
-    settings = run.recipe.result_settings()
-    assert set(values) == {key for key, value in settings.items() if value is not None}
+    content = load_events(tmp_path).summary_metadata[metadata.SESSION_END_INFO_TAG]
+    end = metadata.parse_session_end_info_plugin_data(content.plugin_data.content)
+    assert end.status == STATUS_SUCCESS
 
-    content = metadata["_hparams_/experiment"].plugin_data.content
-    metrics = HParamsPluginData.FromString(content).experiment.metric_infos
-    assert {metric.name.tag for metric in metrics} == {"hparam/test_accuracy", "hparam/test_loss"}
-    assert read_once(tmp_path)["hparam/test_accuracy"] == {1: 0.75}
+
+def test_held_out_images_and_the_average_come_first_among_the_metrics():
+    settings = {"data": {"validation": 0.1}, "trainer": {"ema_decay": 0.9}}
+    hparams, _ = pages.hparams(recipes.parse(settings, "test"))
+    experiment = metadata.parse_experiment_plugin_data(
+        hparams.value[0].metadata.plugin_data.content
+    )
+    tags = [info.name.tag for info in experiment.metric_infos]
+    assert tags[:4] == [
+        "validation/ema_accuracy",
+        "validation/accuracy",
+        "test/ema_accuracy",
+        "test/accuracy",
+    ]
+
+
+def test_a_resume_shows_no_page_twice(tmp_path, advance_clock):
+    first = TrackedRun(tmp_path)
+    first.update(1)
+    first.tracker.flush()
+    advance_clock()
+    second = TrackedRun(tmp_path, step=1)
+    second.update(2)
+    second.tracker.flush()
+
+    events = load_events(tmp_path)
+    for tag in ("recipe/text_summary", "custom_scalars__config__"):
+        assert len(events.Tensors(tag)) == 1
+    context = BackendContext(TBContext(data_provider=provide_events(tmp_path)))
+    found = context.hparams_metadata(RequestContext(), "")
+    assert list(found) == ["."]
+    assert len(found["."]) == 2  # the columns and this run's settings
+
+
+def provide_events(run_dir: Path) -> MultiplexerDataProvider:
+    """What TensorBoard's plug-ins read a run from."""
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(run_dir))
+    multiplexer.Reload()
+    return MultiplexerDataProvider(multiplexer, str(run_dir))
+
+
+def test_the_charts_find_all_curves_but_speed_and_gradient_norm(tmp_path):
+    run = TrackedRun(tmp_path)
+    run.update(1)
+    names = ("loss", "accuracy", "ema_loss", "validation_accuracy", "validation_ema_accuracy")
+    run.tracker.record_evaluation(1, dict.fromkeys(names, 0.5))
+    run.tracker.flush()
+
+    (record,) = load_events(tmp_path).Tensors("custom_scalars__config__")
+    layout = Layout.FromString(record.tensor_proto.string_val[0])
+    matches = {}
+    for category in layout.category:
+        for chart in category.chart:
+            matches[chart.title] = {
+                tag
+                for tag in read_once(tmp_path)
+                if any(re.match(pattern, tag) for pattern in chart.multiline.tag)
+            }
+
+    probes = {probe.tag for probe in run.tracker.probes}
+    lrs = {f"{kind}/{group}" for kind in ("lr", "lr_effective") for group in GROUPS}
+    assert list(matches.values()) == [
+        {"train/loss", "test/loss", "test/ema_loss"},
+        {"test/accuracy", "validation/accuracy", "validation/ema_accuracy"},
+        lrs,
+        lrs | probes,
+        {f"lr_dropout/kept/{group}" for group in GROUPS},
+    ]
+
+
+def test_a_table_about_the_run_is_recorded_as_text(tmp_path):
+    run = TrackedRun(tmp_path)
+    run.tracker.record_summary([("data", "digits"), ("ranks", "2 on cpu")])
+    run.tracker.flush()
+
+    (record,) = load_events(tmp_path).Tensors("about/text_summary")
+    text = record.tensor_proto.string_val[0].decode()
+    assert text == "| data | digits |\n| --- | --- |\n| ranks | 2 on cpu |"
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_histograms_are_of_what_the_step_has_changed(tmp_path, every):
+    run = TrackedRun(tmp_path, recipe=make_recipe(histograms_every=every))
+    expected = {}
+    for step in range(1, 5):
+        before = [parameter.detach().clone() for parameter in run.network.parameters()]
+        run.tracker.copy_weights(step)
+        run.update(step)
+        run.tracker.record_updates(step)
+        parameters = run.network.named_parameters()
+        for old, (name, new) in zip(before, parameters, strict=True):
+            expected[name, step] = (new - old).detach().flatten()
+    run.tracker.flush()
+
+    events = load_events(tmp_path)
+    tags = [f"updates/{name}" for name, _ in run.network.named_parameters()]
+    assert sorted(events.Tags()["histograms"]) == (sorted(tags) if every else [])
+    for tag in events.Tags()["histograms"]:
+        records = events.Histograms(tag)
+        assert [record.step for record in records] == [2, 4]
+        for record in records:
+            update = expected[tag.removeprefix("updates/"), record.step]
+            histogram = record.histogram_value
+            assert histogram.num == sum(histogram.bucket) == update.numel()
+            assert (histogram.min, histogram.max) == (update.min(), update.max())
+            assert histogram.sum == pytest.approx(float(update.sum()), abs=1e-6)
+
+            # Dropped elements are in the bin around zero.
+            (middle,) = [
+                count
+                for count, low, high in zip(
+                    histogram.bucket[1:],
+                    histogram.bucket_limit,
+                    histogram.bucket_limit[1:],
+                    strict=False,
+                )
+                if low < 0 < high
+            ]
+            assert middle >= int((update == 0).sum())
+
+    if every:
+        assert (expected["0.weight", 2] == 0).any()
+
+
+def test_a_histogram_of_nothing_finite_is_left_out():
+    assert pages.update_histogram("x", torch.tensor([torch.nan, torch.inf])) is None
+    histogram = pages.update_histogram("x", torch.tensor([torch.nan, 0.0, 0.0])).value[0].histo
+    assert (histogram.num, histogram.min, histogram.max) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("loss", "test/loss"),
+        ("ema_accuracy", "test/ema_accuracy"),
+        ("validation_loss", "validation/loss"),
+        ("validation_ema_accuracy", "validation/ema_accuracy"),
+    ],
+)
+def test_the_tag_of_a_metric_says_on_which_images_it_was_measured(name, tag):
+    assert tracker.evaluation_tag(name) == tag
 
 
 def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
@@ -200,15 +397,19 @@ def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
     first.tracker.record_evaluation(1, {"loss": 2.0})
     first.tracker.flush()
 
-    tags = tracker.tags_recorded_at(tmp_path, 1)
-    assert {"train/loss", "test/loss"} <= tags
-    assert tracker.tags_recorded_at(tmp_path, 2) == set()
+    recorded = tracker.scalars_recorded_at(tmp_path, 1)
+    assert recorded["test/loss"] == 2.0
+    assert "train/loss" in recorded
+    assert tracker.scalars_recorded_at(tmp_path, 2) == {}
 
-    second = Tracker(tmp_path, 1, first.recipe, first.network, first.optimizer, tags)
-    second.record_evaluation(1, {"loss": 2.0, "accuracy": 0.5})
+    second = Tracker(
+        tmp_path, 1, STEPS_PER_EPOCH, first.recipe, first.network, first.optimizer, recorded
+    )
+    second.record_evaluation(1, {"loss": 3.0, "accuracy": 0.5})
     second.record_evaluation(2, {"loss": 1.0})
     second.flush()
 
-    recorded = read_once(tmp_path)
-    assert recorded["test/loss"] == {1: 2.0, 2: 1.0}
-    assert recorded["test/accuracy"] == {1: 0.5}
+    records = read_once(tmp_path)
+    assert records["test/loss"] == {1: 2.0, 2: 1.0}
+    assert records["test/accuracy"] == {1: 0.5}
+    assert read_metrics(tmp_path) == read_records_by_step(tmp_path)

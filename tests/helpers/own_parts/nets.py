@@ -29,9 +29,9 @@ class SmallNet(nn.Module):
         return logits
 
 
-def build_with_all_generators(num_classes: int) -> nn.Module:
+def build_with_all_generators(num_classes: int, dropout: float = 0.0) -> nn.Module:
     """Draws weights from the global generators of torch, NumPy and Python."""
-    model = SmallNet(num_classes)
+    model = SmallNet(num_classes, dropout=dropout)
     with torch.no_grad():
         model.fc.weight[0, 0] = np.random.rand()
         model.fc.weight[0, 1] = random.random()

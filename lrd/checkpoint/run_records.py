@@ -14,6 +14,7 @@ from lrd.checkpoint import store
 from lrd.checkpoint.run_dir import read_status
 from lrd.errors import UserError
 
+_MAX_NUMBER = 1e11  # that a run writes: steps, or seconds since 1970
 _EVENT_FILES = "events.out.tfevents.*"  # then the seconds at which the start began
 
 
@@ -26,7 +27,7 @@ class RunSummary:
         recipe: the recipe in a few words; `?` if it cannot be read.
         step, total_steps: optimizer steps done, and those of the whole run.
         test_loss, test_accuracy: of the latest evaluation in the newest checkpoint.
-        best_accuracy: the best test accuracy so far.
+        best_accuracy: the best accuracy so far, on the test images or those held out.
         seconds: how long all starts of the run took together.
         updated: when the run last wrote its status, in seconds since 1970.
         state: `running`, `finished`, `stopped`, `failed` or `interrupted`.
@@ -101,7 +102,7 @@ def read_recipe(run_dir: Path) -> recipes.Recipe | None:
     try:
         text = (run_dir / "recipe.yaml").read_text(encoding="utf-8")
         return recipes.parse(yaml.safe_load(text), str(run_dir))
-    except (OSError, ValueError, yaml.YAMLError, UserError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, UserError):
         return None
 
 
@@ -144,8 +145,9 @@ def _read_latest_metrics(run_dir: Path) -> dict[str, Any]:
 
 def _read_number(values: dict[str, Any], key: str, kind: type[Any]) -> Any:
     value = values.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return kind(value) if is_number else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return kind(value) if abs(value) < _MAX_NUMBER else None
 
 
 def _measure_seconds(run_dir: Path, status: dict[str, Any]) -> float | None:
