@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-fast test-all clients faults lint format docs bench clean
 
+# `make demo seed=1 run_dir=runs/one`: what the command line sets becomes overrides of the recipe.
+OVERRIDES = $(filter-out PYTHON=% VENV=% CONSTRAINTS=%,$(MAKEOVERRIDES))
 demo: $(VENV)/installed
-	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m lrd.train recipes/digits_resnet34_sgd_lrd.yaml run_dir=runs/demo
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml -m lrd.train recipes/digits_resnet34_sgd_lrd.yaml run_dir=runs/demo $(OVERRIDES)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lrd import console
 from lrd.distributed import communication, hardware, network, roll_call
-from lrd.distributed.accelerator import exit_process, start_rank
+from lrd.distributed.accelerator import check_launch_variables, exit_process, start_rank
 from lrd.errors import EXIT_OK, RunError, UserError, describe_os_error
 from lrd.recipe import Trainer
 
@@ -94,6 +94,8 @@ def examine(run_dir: Path) -> list[str]:
     Raises:
         UserError: the ranks do not come together, or one of them cannot look at its disk.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: is not a folder")
     accelerator = start_rank(Trainer(timeout_minutes=1.0), {}, roll_call.RollCall())
     device = accelerator.device
 
@@ -331,6 +333,12 @@ def main(arguments: list[str] | None = None) -> None:
     """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     status = EXIT_OK
+    try:
+        check_launch_variables()
+    except UserError as error:
+        console.error(str(error))
+        sys.exit(error.status)
+
     try:
         run(Path(arguments[0] if arguments else "runs"))
     except UserError as error:

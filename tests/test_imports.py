@@ -15,13 +15,13 @@ PACKAGE = Path(lrd.__file__).parent
 # From the ground up. A module imports from its own folder and from lower floors, never from the
 # same floor's other folders or from above.
 FLOORS = [
-    {"errors", "philox", "console", "torchvision_compat"},
+    {"errors", "philox", "console", "memory", "torchvision_compat"},
     {"optim"},
     {"recipe"},
     {"data", "distributed", "parts", "tracking"},
     {"checkpoint", "doctor"},
     {"job"},
-    {"train"},
+    {"inference", "study", "train"},
     {"cli"},
     {"__main__"},
 ]
@@ -31,6 +31,7 @@ MAY_IMPORT_ACCELERATE = {
     "lrd.cli.launch",
     "lrd.distributed.accelerator",
     "lrd.distributed.communication",
+    "lrd.inference.evaluation",
     "lrd.job.evaluation",
     "lrd.job.setup",
     "lrd.job.state",
@@ -145,7 +146,7 @@ def test_learning_rate_dropout_needs_torch_and_numpy_alone(module: str) -> None:
 @pytest.mark.parametrize(
     ("code", "unwanted"),
     [
-        ("import lrd, lrd.cli.app", ["torch", "numpy", "yaml", "pydantic"]),
+        ("import lrd, lrd.data, lrd.cli.app", ["torch", "numpy", "yaml", "pydantic"]),
         (
             "import lrd; lrd.LRDropout",
             ["accelerate", "triton", "numba", "torch._dynamo", "torchvision", "pydantic"],

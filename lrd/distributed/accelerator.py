@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from lrd import console
 from lrd import recipe as recipes
-from lrd.distributed import hardware
+from lrd.distributed import hardware, network
 from lrd.distributed.rank_rendezvous import meet_ranks
 from lrd.distributed.roll_call import RollCall
+from lrd.errors import UserError
+
+_LARGEST_PORT = 65535
 
 
 def start_rank(trainer: recipes.Trainer, facts: dict[str, Any], roll_call: RollCall) -> Accelerator:
@@ -30,10 +35,12 @@ def start_rank(trainer: recipes.Trainer, facts: dict[str, Any], roll_call: RollC
 
     Raises:
         UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and
-            there is none; or the ranks do not have the same `facts`.
+            there is none; the ranks do not have the same `facts`; or see `check_launch_variables`.
         RunError: the ranks did not come together.
     """
+    check_launch_variables()
     use_cpu = hardware.uses_cpu(trainer.device)
+    _report_ignored_options(trainer.precision)
     _set_torch_flags(trainer, use_cpu)
     hardware.limit_threads()
 
@@ -63,6 +70,100 @@ def start_rank(trainer: recipes.Trainer, facts: dict[str, Any], roll_call: RollC
     )
 
 
+def check_launch_variables() -> None:
+    """Check the environment variables by which a launcher tells this process its rank.
+
+    Raises:
+        UserError: one is missing, or is no number in its range.
+    """
+    world_size = _read_number("WORLD_SIZE", default=1, low=1)
+    limit = f"less than WORLD_SIZE ({world_size})"
+    if world_size > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"RANK: is not set, but WORLD_SIZE is {world_size}; "
+            "start the ranks with a launcher, which sets both"
+        )
+    _read_number("RANK", default=0, low=0, high=world_size - 1, limit=limit)
+
+    ranks_on_host = _read_number("LOCAL_WORLD_SIZE", default=world_size, low=1)
+    limit = f"less than LOCAL_WORLD_SIZE ({ranks_on_host})"
+    _read_number("LOCAL_RANK", default=0, low=0, high=ranks_on_host - 1, limit=limit)
+
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"{name}: is not set, but WORLD_SIZE is {world_size}")
+        limit = f"at most {_LARGEST_PORT}"
+        _read_number("MASTER_PORT", default=0, low=0, high=_LARGEST_PORT, limit=limit)
+
+
+def _read_number(
+    name: str, default: int, low: int, high: int | None = None, limit: str = ""
+) -> int:
+    """A whole number from an environment variable.
+
+    Args:
+        name: of the variable.
+        default: the number where it is not set.
+        low: the smallest number.
+        high: the largest number; None: there is none.
+        limit: what `high` is, in words.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+
+    number = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+    if number is None or number < low or (high is not None and number > high):
+        bounds = f"{low} or more" if high is None else f"{low} or more and {limit}"
+        raise UserError(
+            f"{name}: is {text[:100]!r} in the environment, should be a whole number, {bounds}"
+        )
+    return number
+
+
+def _report_ignored_options(precision: str) -> None:
+    """Say which options of a launcher have no effect.
+
+    Args:
+        precision: the recipe's `trainer.precision`.
+    """
+    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in ("no", precision):
+        console.info(
+            f"mixed_precision: the launcher's {mixed_precision} has no effect; "
+            f"the recipe decides, and trainer.precision is {precision}"
+        )
+
+    # Accelerate's launcher starts one process on a CPU unless it is to use torch's launcher.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if is_launched and "WORLD_SIZE" not in os.environ:
+        asked = _find_option(_launcher_command(), "--num_processes")
+        if asked.isdecimal() and int(asked) > 1:
+            console.info(
+                f"num_processes: {asked} were asked for, and accelerate has started one, as it "
+                "does with --cpu and launch/accelerate/cpu-1.yaml; take launch/accelerate/cpu.yaml"
+            )
+
+
+def _launcher_command() -> list[str]:
+    """The command line of the process that started this one; empty if it cannot be read."""
+    try:
+        return list(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        return []
+
+
+def _find_option(command: list[str], option: str) -> str:
+    """The value of an option on a command line, in either spelling; empty if it is not there."""
+    value = ""
+    for argument, following in zip(command, [*command, ""][1:], strict=True):
+        name, equals, text = argument.replace("-", "_").partition("=")
+        if name == option.replace("-", "_"):
+            value = text if equals else following
+    return value
+
+
 def _set_torch_flags(trainer: recipes.Trainer, use_cpu: bool) -> None:
     if trainer.deterministic:
         # cuBLAS is deterministic only with a workspace of a fixed size.
@@ -81,10 +182,6 @@ def exit_process(status: int) -> NoReturn:
     tensor. In a few of many stops the rank hung until the launcher killed it 30 s later. All that
     matters is on disk by then.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it was closed before the start
-            with suppress(OSError):  # the terminal was closed
-                stream.flush()
-    if dist.is_initialized():
-        os._exit(status)
+    if dist.is_initialized() or network.has_abandoned_threads():
+        network.exit_at_once(status)
     sys.exit(status)

@@ -14,6 +14,8 @@ from lrd.errors import UserError
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 _CPUINFO = Path("/proc/cpuinfo")
+_TRUE = ("y", "yes", "t", "true", "on", "1")
+_FALSE = ("n", "no", "f", "false", "off", "0")
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS_CGROUP = Path("/proc/self/cgroup")
 
@@ -67,11 +69,11 @@ def uses_cpu(device: str) -> bool:
 
     Raises:
         UserError: CUDA is asked for, by `trainer.device=cuda` or by a launch file for GPUs, and
-            there is none.
+            there is none; or ACCELERATE_USE_CPU is neither true nor false.
     """
     first_visible_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").split(",")[0]
     are_gpus_hidden = first_visible_gpu in ("", "-1")
-    is_cpu_asked_for = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    is_cpu_asked_for = _read_flag("ACCELERATE_USE_CPU")
 
     if device == "cpu" or (device == "auto" and (are_gpus_hidden or is_cpu_asked_for)):
         return True
@@ -92,6 +94,14 @@ def uses_cpu(device: str) -> bool:
             "--config_file launch/accelerate/cpu.yaml, or trainer.device=cpu"
         )
     return True
+
+
+def _read_flag(name: str) -> bool:
+    """An environment variable that is true or false, as Accelerate reads it."""
+    text = os.environ.get(name, "false")
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise UserError(f"{name}: is {text!r} in the environment, should be true or false")
+    return text.lower() in _TRUE
 
 
 def has_bf16_instructions() -> bool:

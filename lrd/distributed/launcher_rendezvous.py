@@ -328,4 +328,6 @@ def _find_machine_rank(configured: str | None) -> int:
 
 def _exit_with_error(line: str) -> NoReturn:
     console.error(line)
+    if network.has_abandoned_threads():
+        network.exit_at_once(EXIT_USER_ERROR)
     sys.exit(EXIT_USER_ERROR)

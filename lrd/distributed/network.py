@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 
@@ -20,6 +23,8 @@ _INTERNET_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _CONNECT_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _MAX_UNREACHABLE_NAMED = 3
+
+_abandoned_threads: list[threading.Thread] = []  # of calls to a store that were not done in time
 
 
 def wait_for_port(
@@ -81,8 +86,38 @@ def call_with_timeout(seconds: float, action: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
+        _abandoned_threads.append(thread)
         raise TimeoutError("no answer from the store")
     return results[0]
+
+
+def has_abandoned_threads() -> bool:
+    """Whether a thread is still in a call that `call_with_timeout` has given up.
+
+    Such a process must end by `os._exit`. If the call returned while Python cleans up, Python would
+    end the thread within torch's C++ code, and that aborts the process with SIGABRT.
+    """
+    return any(thread.is_alive() for thread in _abandoned_threads)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process without Python's clean-up."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed before the start
+            with suppress(OSError, ValueError):  # the terminal was closed
+                stream.flush()
+    os._exit(status)
+
+
+def _exit_past_abandoned_threads() -> None:
+    """End a launcher that is not lrd's own, before Python's clean-up."""
+    if has_abandoned_threads():
+        # An exit handler is not told the status. Python sets this for an uncaught exception; what
+        # ends by sys.exit with a status of its own calls `exit_at_once`.
+        exit_at_once(1 if hasattr(sys, "last_value") else 0)
+
+
+atexit.register(_exit_past_abandoned_threads)
 
 
 def address_towards(address: str) -> str:

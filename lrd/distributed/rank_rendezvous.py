@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -73,7 +74,7 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
     deadline = time.monotonic() + timeout.total_seconds()
 
     _require_a_launcher(deadline)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store, rank, world_size = _open_store(timeout)
     _require_the_same_launchers(store)
 
     facts_text = json.dumps(facts, sort_keys=True)
@@ -103,6 +104,24 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
         _require_open_ports(ranks, prefix, names, address)
 
     return RankGroup(PrefixStore(prefix, store), prefix, rank, world_size)
+
+
+def _open_store(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store in which the ranks meet, this process's rank, and the number of ranks.
+
+    Raises:
+        RunError: it cannot be reached, or, where rank 0 keeps it, another rank did not come.
+    """
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except DistError as error:
+        rank_name = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        reason = first_line(error).split(". ")[0]
+        raise RunError(
+            f"{rank_name}: the {os.environ['WORLD_SIZE']} ranks did not come together "
+            f"within {timeout}: {reason}"
+        ) from None
+    return store, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -143,21 +162,43 @@ class _Ranks:
 def _require_a_launcher(deadline: float) -> None:
     """Raise if the launcher's store is not there, which is there before the launcher's ranks are.
 
-    Without it, the ranks would wait until the deadline.
+    Without it, the ranks would wait until the deadline. Where rank 0 keeps the store, the other
+    ranks may come before it and wait: torch would do the same, and print a stack on giving up.
 
     A host that does not answer may be cut off for a while; one that refuses the connection has no
     launcher any more.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _require_rank_0(address, port, deadline)
+        return
+
     problem = network.wait_for_port(
         address, port, deadline, is_final=lambda error: isinstance(error, ConnectionRefusedError)
     )
     if problem:
         raise RunError(f"the launcher is gone: {address}:{port}: {problem}")
+
+
+def _require_rank_0(address: str, port: int, deadline: float) -> None:
+    """Raise if rank 0, which keeps the store, cannot be reached before the deadline."""
+    rank = int(os.environ["RANK"])
+    problem = ""
+    if rank == 0:  # torch connects to its own store by this name
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            problem = first_line(error)
+    else:
+        problem = network.wait_for_port(
+            address, port, deadline, is_final=lambda error: isinstance(error, socket.gaierror)
+        )
+    if problem:
+        raise RunError(
+            f"rank {rank} on {socket.gethostname()}: rank 0 cannot be reached at "
+            f"{address}:{port} (MASTER_ADDR, MASTER_PORT): {problem}"
+        )
 
 
 def _require_the_same_launchers(store: Store) -> None:

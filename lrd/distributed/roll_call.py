@@ -113,7 +113,7 @@ class RollCall:
         if missing:
             return RollCallResult(
                 is_reporter=True,
-                text=f"{', '.join(missing)} did not answer a roll call: gone, stopped or cut off",
+                text=f"{', '.join(missing)} did not answer: gone, stopped or cut off",
             )
 
         places = [

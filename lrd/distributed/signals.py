@@ -18,23 +18,27 @@ PARENT_PID = os.getppid()
 # A terminal that is closed sends SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
+# Whoever starts a run without a launcher, but wants it to end with itself, puts its process id here.
+PARENT_VARIABLE = "LRD_PARENT_PID"
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def end_with_launcher() -> None:
     """Have the kernel send SIGTERM to this rank when the launcher dies. Linux only.
 
-    Otherwise its ranks would train on as orphans.
+    Otherwise its ranks would train on as orphans. A run of `lrd study` ends with the study.
 
     Raises:
         RunError: the launcher died before, while this process imported its modules.
     """
-    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+    parent_pid = os.environ.get(PARENT_VARIABLE, "")
+    if not (parent_pid.isdecimal() or "LOCAL_RANK" in os.environ) or sys.platform != "linux":
         return
 
     # The kernel sends nothing if the parent died before this call, so that is checked afterwards.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != PARENT_PID:
+    if os.getppid() != (int(parent_pid) if parent_pid.isdecimal() else PARENT_PID):
         raise RunError("the launcher is gone")
 
 

@@ -33,7 +33,7 @@ from lrd.optim import (
     placement,
     tensor_bits,
 )
-from lrd.optim.fused import dispatch, restore
+from lrd.optim.fused import dispatch, loading, restore
 from lrd.optim.placement import Placement
 from lrd.optim.step_watch import StepWatch, warn_of_unseen_steps
 
@@ -132,6 +132,7 @@ class LRDropout:
         index_by: str = "order",
     ) -> None:
         # Check everything before anything of the optimizer is changed.
+        loading.check_user_choice()
         given = optimizer
         optimizer = attachment.find_stepping_optimizer(given)
         if get_lr_dropout(optimizer) is not None:

@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -365,6 +366,112 @@ def test_a_cache_with_skip_corrupt_is_not_used_without_it(folder):
 
     with pytest.raises(UserError, match=r"c\.png"):
         read(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
+@pytest.mark.parametrize("place", ["first", "later"])
+def test_what_is_no_file_is_named_and_not_opened(folder, make, place):
+    path = folder / "cat" / f"{PREFIX[place]}x.png"
+    make(path)
+    with pytest.raises(UserError, match=rf"{path.name}: .*is not a file"):
+        read(folder)
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(folder):
+    os.mkdir(os.fsencode(folder) + b"/\xff\xfe")
+    with pytest.raises(UserError, match=r"^data\.root: .*\\xff\\xfe.*not UTF-8"):
+        read(folder)
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_and_cached(folder, decoded):
+    os.rename(folder / "cat" / "a.bmp", os.fsencode(folder) + b"/cat/\xff.bmp")
+    first, _, _ = read(folder)
+    second, _, _ = read(folder)
+    assert torch.equal(first, second)
+    assert len(decoded) == 3
+
+
+def test_a_class_that_is_a_link_to_nothing_is_refused(folder):
+    (folder / "cow").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"^data\.root: .*cow is a link to something"):
+        read(folder)
+
+
+# The eight ways in which a camera can be held, as transpositions of the upright image.
+_HELD = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", _HELD)
+def test_an_image_is_turned_upright(tmp_path, orientation):
+    upright = Image.effect_noise((6, 4), 80).convert("RGB")
+    held = upright
+    if _HELD[orientation] is not None:
+        held = upright.transpose(_HELD[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    held.save(tmp_path / "train" / "cat" / "a.png", exif=exif)
+
+    pixels, _, _ = read(tmp_path / "train")
+
+    # The default size is the height of the upright image.
+    expected = upright.resize((4, 4), Image.Resampling.BILINEAR)
+    assert torch.equal(pixels[0], torch.tensor(np.asarray(expected)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0, 0.25], [0, 128, 255, 64]), ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0])],
+)
+def test_floats_from_0_to_1_are_scaled(tmp_path, values, expected):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    image = Image.fromarray(np.array(values, dtype=np.float32).reshape(2, 2))
+    image.save(tmp_path / "train" / "cat" / "a.tiff")
+    pixels, _, _ = read(tmp_path / "train")
+    assert pixels[0].tolist() == 3 * [[expected[:2], expected[2:]]]
+
+
+@pytest.mark.parametrize("values", [[0.0, 255.0], [-0.1, 1.0], [np.nan, 0.5], [np.inf, 0.0]])
+def test_floats_of_another_range_are_refused(tmp_path, values):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    image.save(tmp_path / "train" / "cat" / "a.tiff")
+    with pytest.raises(UserError, match=r"a\.tiff: .*its values are floats from .* from 0 to 1"):
+        read(tmp_path / "train")
+
+
+def test_integers_of_32_bits_are_refused(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    image = Image.fromarray(np.full((2, 2), 1 << 20, dtype=np.int32))
+    image.save(tmp_path / "train" / "cat" / "a.tiff")
+    with pytest.raises(UserError, match=r"a\.tiff: .*32-bit integers"):
+        read(tmp_path / "train")
+
+
+def test_what_is_odd_about_images_is_counted(folder, capsys):
+    save_image(folder / "cat" / "wide.png", size=(8, 2))
+    save_image(folder / "dog" / "high.png", size=(2, 8))
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    frames[0].save(folder / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    read(folder, 4)
+    output = capsys.readouterr().out
+    assert f"{folder}: 2 of 6 images are not square; they are resized to 4 x 4" in output
+    assert f"{folder}: 1 of 6 images have several frames; the first one is taken" in output
+
+
+def test_images_that_need_too_much_memory_are_refused_before_they_are_decoded(folder, decoded):
+    with pytest.raises(UserError, match=r"^data\.image_size: is 10000000: 3 images of"):
+        read(folder, 10_000_000)
+    assert decoded == []
 
 
 def test_a_folder_without_a_readable_image_is_refused(folder):

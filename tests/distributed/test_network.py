@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -217,3 +219,51 @@ def test_addresses_and_interfaces_of_this_machine() -> None:
     assert network.interface_of("127.0.0.1") == "lo"
     assert network.interface_of("203.0.113.9") is None
     assert network.address_towards("no-such-host.invalid") == ""
+
+
+# A thread is left in a call to a store, which returns while Python cleans up.
+_LEAVES_A_THREAD_BEHIND = """
+import sys, time
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+from lrd.distributed import network
+
+class SlowToEnd:
+    def __del__(self):
+        time.sleep(2.0)
+
+slow_to_end = SlowToEnd()
+store = TCPStore(
+    "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1)
+)
+try:
+    network.call_with_timeout(0.1, lambda: store.get("a key that nobody sets"))
+except TimeoutError:
+    pass
+assert network.has_abandoned_threads()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("", 0),
+        ("raise RuntimeError('as the launcher ends where ranks have failed')", 1),
+        ("network.exit_at_once(2)", 2),
+    ],
+)
+def test_a_process_that_left_a_call_to_a_store_ends_with_its_own_status(end, status) -> None:
+    # Without `_exit_past_abandoned_threads` the second one ended with SIGABRT.
+    program = _LEAVES_A_THREAD_BEHIND + end
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "terminate called" not in done.stderr
+
+
+def test_a_call_that_is_done_in_time_leaves_no_thread_behind() -> None:
+    assert network.call_with_timeout(10.0, lambda: 7) == 7
+    assert not network.has_abandoned_threads()

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from lrd import recipe
 from lrd.cli.app import app
+from lrd.study.schema import StudyFile
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -92,8 +93,12 @@ def test_python_snippets_run(code):
 
 
 @pytest.mark.parametrize("code", snippets("yaml"))
-def test_yaml_snippets_are_recipes(code):
-    recipe.parse(yaml.safe_load(code), "snippet")
+def test_yaml_snippets_are_recipes_or_studies(code):
+    values = yaml.safe_load(code)
+    if "arms" in values:
+        StudyFile.model_validate(values)
+    else:
+        recipe.parse(values, "snippet")
 
 
 def test_there_are_snippets_to_test():
@@ -124,7 +129,7 @@ def test_files_of_the_project_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lrd_commands_that_a_page_names_exist(page):
-    known = {command.callback.__name__ for command in app.registered_commands}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
     lines = [line for line in commands(page) if re.match(r"lrd [a-z]", line)]
     unknown = {shlex.split(line, comments=True)[1] for line in lines} - known
     assert unknown == set()

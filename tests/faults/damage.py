@@ -15,7 +15,7 @@ from lrd.checkpoint import store
 from .jobs import Failure, Job
 from .lab import NO_LIMIT, Lab, Outcome, Trial
 
-FILES = ("model.safetensors", "optimizer.pt", "trainer.json", "manifest.json")
+FILES = ("model.safetensors", "optimizer.pt", "trainer.json", "config.json", "manifest.json")
 DAMAGES = {  # name -> what the row of the table says
     "truncated": "truncated",
     "emptied": "emptied",

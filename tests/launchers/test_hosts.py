@@ -28,6 +28,7 @@ from tests.helpers.launching import (
     train_command,
     wait_for,
 )
+from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.namespaces import Host, hosts, missing_requirement
 from tests.helpers.tensorboard_events import read_scalars
 
@@ -149,6 +150,7 @@ def test_the_newest_checkpoint_comes_from_the_host_that_has_it(
     for tag in expected_records:
         if tag == "train/loss" or tag.startswith(("lr/", "probes/")):
             assert records[tag] == expected_records[tag]
+    assert read_metrics(final_run_dir) == read_records_by_step(final_run_dir)
 
 
 def test_a_missing_host_is_named_in_time(two_hosts: list[Host]) -> None:

@@ -71,7 +71,7 @@ def test_a_rank_that_dies_is_named_and_so_is_the_step_from_which_the_run_goes_on
     output = process.communicate(timeout=60)[0]
 
     line = lrd_line(output)
-    assert f": rank {victim} did not answer a roll call" in line
+    assert f": rank {victim} did not answer" in line
     assert line.endswith(f"the same command goes on from step {last_step(tmp_path / 'run')}")
     assert "lrd/train.py" not in output
 
@@ -86,7 +86,7 @@ def test_a_rank_that_is_stopped_is_named_when_time_is_up(tmp_path: Path) -> None
     assert time.monotonic() - began < 60
 
     line = lrd_line(output)
-    assert ": rank 1 did not answer a roll call" in line
+    assert ": rank 1 did not answer" in line
     assert "Timed out" in line
 
 

@@ -440,3 +440,12 @@ def test_other_masks_and_one_training_after_another_are_not_warned_of(option):
             step_once(second)
         for _ in range(3):
             step_once(third)
+
+
+@pytest.mark.parametrize("value", ["abc", "2", "true"])
+def test_lrd_fused_must_be_0_or_1(monkeypatch, value):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    monkeypatch.setenv("LRD_FUSED", value)
+    with pytest.raises(ValueError, match=f"LRD_FUSED is '{value}' in the environment"):
+        lrd.LRDropout(optimizer)
+    assert "keep_prob" not in optimizer.param_groups[0]

@@ -534,6 +534,12 @@ def test_shards_do_not_affect_the_results_and_exclude_compression(tmp_path):
     assert "trainer.gradient_compression: is 'bf16'" in str(caught.value)
 
 
+def test_histograms_of_updates_need_whole_parameters(tmp_path):
+    assert load(tmp_path, "", "tracking.histograms_every=10").tracking.histograms_every == 10
+    with pytest.raises(UserError, match=r"tracking\.histograms_every: is 10, must be 0 with trai"):
+        load(tmp_path, "", "tracking.histograms_every=10", "trainer.sharding=full")
+
+
 def test_all_settings_but_the_folders_are_shared_by_the_ranks(tmp_path):
     recipe = load(tmp_path, FULL)
     keys = set()

@@ -43,6 +43,17 @@ class _SpentCost:
     elements = 0
 
 
+def check_user_choice() -> None:
+    """Check LRD_FUSED.
+
+    Raises:
+        ValueError: it has another value than those above.
+    """
+    choice = user_choice()
+    if choice not in (None, "", "0", "1"):
+        raise ValueError(f"LRD_FUSED is {choice!r} in the environment, must be 0 or 1")
+
+
 def user_choice() -> str | None:
     """What the user has chosen: "0" or "1", see above."""
     return os.environ.get("LRD_FUSED")
