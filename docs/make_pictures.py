@@ -40,7 +40,7 @@ FLOORS = [
     Floor(
         "6 job",
         "#e2f3ea",
-        [Room("job/", "recipe → model, optimizer, schedule, evaluation, progress", 1)],
+        [Room("job/", "recipe → job: its parts and state, evaluation, progress", 1)],
     ),
     Floor(
         "5 state",
@@ -55,7 +55,8 @@ FLOORS = [
         "#fdf3d8",
         [
             Room("distributed/", "ranks meet, agree, stop", 1.25),
-            Room("data/", "batches from positions", 1.1),
+            Room("parts/", "networks, optimizers", 1.1),
+            Room("data/", "batches by position", 1.1),
             Room("tracking/", "TensorBoard", 0.8),
         ],
     ),

@@ -9,6 +9,7 @@ The folders, from the ground up:
 | --- | --- |
 | `optim/` | learning rate dropout itself: the mask, `LRDropout`, `Magma`, drop-in optimizers |
 | `recipe/` | the typed recipe |
+| `parts/` | what a recipe names: network, optimizer, schedule, loss |
 | `data/` | data sets, and batches as functions of a position |
 | `distributed/` | how launchers and ranks meet, agree, stop and compare themselves |
 | `tracking/` | TensorBoard |
