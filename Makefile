@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-all clients faults lint format docs bench clean
+.PHONY: demo test test-fast test-all clients inputs faults lint format docs bench clean
 
 # `make demo seed=1 run_dir=runs/one`: what the command line sets becomes overrides of the recipe.
 OVERRIDES = $(filter-out PYTHON=% VENV=% CONSTRAINTS=%,$(MAKEOVERRIDES))
@@ -31,6 +31,9 @@ test-all: $(VENV)/installed
 # LRDropout in Lightning, Hugging Face's Trainer, timm and others, see docs/clients.md. It adds these packages to the environment.
 clients: $(VENV)/clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/clients tests/docs
+
+inputs: $(VENV)/installed
+	$(BIN)/python -m tests.inputs
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

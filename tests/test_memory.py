@@ -5,8 +5,10 @@ import resource
 import pytest
 import torch
 
-from lrd import memory
+from lrd import memory, train
+from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
+from lrd.parts import resnet
 from tests.helpers.processes import in_child
 
 
@@ -52,3 +54,39 @@ def test_allocations_that_fail_are_told_from_other_errors():
     assert memory.is_out_of_memory(MemoryError())
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not memory.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 7 bytes")]
+)
+def test_a_run_without_memory_ends_in_one_line(error, capsys):
+    assert train.report_failure(None, RollCall(), error) == 1
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("lrd: rank 0 on ")
+    assert "before the first step: out of memory" in line
+    assert "data.batch_size" in line
+
+
+@pytest.mark.parametrize("arch", resnet.ARCHITECTURES)
+@pytest.mark.parametrize(("width", "num_classes"), [(8, 10), (16, 1000), (3, 5000)])
+def test_the_estimate_of_a_network_is_a_little_below_its_weights(
+    arch, width, num_classes, monkeypatch
+):
+    needed = []
+    monkeypatch.setattr(resnet, "require_memory", lambda *arguments: needed.append(arguments[0]))
+    resnet.require_memory_of_resnet(arch, num_classes, width)
+
+    network = resnet.ResNet(arch, num_classes, width)
+    with_gradients = 2 * sum(parameter.nbytes for parameter in network.parameters())
+    assert 0.75 * with_gradients < needed[0] <= with_gradients
+
+
+@pytest.mark.parametrize(
+    ("width", "num_classes", "key"),
+    [(10**8, 10, "model.width: is 100000000"), (8, 10**12, "model.num_classes: is 1000000000000")],
+)
+def test_the_key_that_makes_a_network_too_large_is_named(width, num_classes, key):
+    with pytest.raises(UserError, match=f"^{key}: resnet34 and its gradients would take"):
+        resnet.require_memory_of_resnet("resnet34", num_classes, width)

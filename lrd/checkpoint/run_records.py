@@ -101,7 +101,8 @@ def read_recipe(run_dir: Path) -> recipes.Recipe | None:
     """The recipe that a run was started with last; None if it cannot be read."""
     try:
         text = (run_dir / "recipe.yaml").read_text(encoding="utf-8")
-        return recipes.parse(yaml.safe_load(text), str(run_dir))
+        values = yaml.safe_load(text)
+        return recipes.parse(values, str(run_dir)) if isinstance(values, dict) else None
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, UserError):
         return None
 

@@ -80,7 +80,7 @@ def launch(arguments: list[str]) -> int:
         anything to save.
 
     Raises:
-        UserError: Accelerate refuses the options, or there is no recipe among the arguments.
+        UserError: an option is refused, or there is no recipe among the arguments.
     """
     ranks = _Ranks()
     with ranks.pass_signals_on():
@@ -93,6 +93,7 @@ def launch(arguments: list[str]) -> int:
         console.info(f"accelerate launch {shlex.join(command)}")
 
         options = _parse(parser, command)
+        _check_options(options)
         if options.training_script == "lrd.train":
             options.training_script = "lrd.cli.rank"
         options.signals_to_handle = ",".join(_signals_to_pass_on())
@@ -127,7 +128,6 @@ def build_command(
         raise UserError("launch: no recipe: lrd launch [options of accelerate launch] RECIPE")
 
     options = _parse(parser, arguments)
-    _check_options(options)
     num_options = len(arguments) - len(options.training_script_args) - 1
     user_options = arguments[:num_options]
     target = arguments[num_options:]

@@ -210,7 +210,7 @@ def _decode(path: Path, size: int) -> _Decoded | Exception:
         with _open(path) as image:
             oddities = []
             if image.width != image.height:
-                oddities.append(f"are not square; they are resized to {size} x {size} all the same")
+                oddities.append(f"are not square; they are stretched to {size} x {size}")
             if getattr(image, "is_animated", False):
                 oddities.append("have several frames; the first one is taken")
             return _Decoded(to_pixels(image, size, size), oddities)

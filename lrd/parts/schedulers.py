@@ -105,7 +105,8 @@ def _parse_lambdas(
 ) -> Callable[[int], float] | list[Callable[[int], float]]:
     """One function for all parameter groups, or a list of them."""
     if not isinstance(section.lr_lambda, list):
-        return parse_lambda(section.lr_lambda or "1", total, key)
+        text = "1" if section.lr_lambda is None else section.lr_lambda
+        return parse_lambda(text, total, key)
 
     functions = [parse_lambda(text, total, key) for text in section.lr_lambda]
     return _by_group(functions, optimizer, key)

@@ -265,7 +265,7 @@ def check_length(recipe: recipes.Recipe, steps_per_epoch: int) -> list[str]:
     """Compare a recipe's schedule with the length of its run.
 
     Returns:
-        A line for each milestone that lies beyond the end of the run.
+        A line for each part of the schedule that lies beyond the end of the run.
 
     Raises:
         UserError: the run is longer than the cycle of OneCycleLR, which has no lr after its end.
@@ -282,7 +282,18 @@ def check_length(recipe: recipes.Recipe, steps_per_epoch: int) -> list[str]:
 
     all_steps = recipe.trainer.epochs * steps_per_epoch
     total = run_length(section, all_steps, steps_per_epoch)
-    return _describe_late_milestones(section, total, unit)
+    lines = _describe_late_milestones(section, total, unit)
+    if isinstance(section, schema.StepLR) and section.step_size >= total:
+        lines.append(
+            f"schedule.step_size: is {section.step_size}, but the run has {total} {unit}, "
+            "so the lr never changes"
+        )
+    if section.warmup_steps > all_steps:
+        lines.append(
+            f"schedule.warmup_steps: is {section.warmup_steps}, but the run has {all_steps} steps, "
+            "so the lr never reaches its full value"
+        )
+    return lines
 
 
 def _describe_late_milestones(

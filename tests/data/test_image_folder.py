@@ -464,7 +464,7 @@ def test_what_is_odd_about_images_is_counted(folder, capsys):
     frames[0].save(folder / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
     read(folder, 4)
     output = capsys.readouterr().out
-    assert f"{folder}: 2 of 6 images are not square; they are resized to 4 x 4" in output
+    assert f"{folder}: 2 of 6 images are not square; they are stretched to 4 x 4" in output
     assert f"{folder}: 1 of 6 images have several frames; the first one is taken" in output
 
 

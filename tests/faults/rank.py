@@ -230,8 +230,8 @@ def watch_files(on_event: Callable[..., None]) -> None:
         on_event("fsync", path_of(descriptor))
         fsync(descriptor)
 
-    def watched_save_file(tensors: Any, path: Any) -> None:
-        save_file(tensors, path)
+    def watched_save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
+        save_file(tensors, path, metadata)
         on_event("half of save_file", path, leaves_half=True)
 
     def watched_save(state: Any, file: Any, **options: Any) -> None:

@@ -144,7 +144,7 @@ WITH_RUN: list[tuple[tuple[str, ...], str, Callable[[Path], None], Expected]] = 
     (("eval", RUN_DIR), "no checkpoints", _remove("checkpoints"), refused(RUN_DIR)),
     (("eval", RUN_DIR, "--data", "nothing"), "", copy_run, refused("nothing")),
     (("eval", RUN_DIR, "--data", RECIPE_FILE), "", copy_run, refused(RECIPE_FILE)),
-    (("eval", RUN_DIR, "--part", "training"), "", copy_run, refused("--part")),
+    (("eval", RUN_DIR, "--part", "training"), "", copy_run, refused("part:", "training")),
     (("eval", RUN_DIR, "--part", "validation"), "", copy_run, refused("validation")),
     (("eval", RUN_DIR, "--ema"), "", copy_run, refused("ema")),
     (("eval", RUN_DIR, "-o", "no/x.png"), "", copy_run, refused("no/x.png")),

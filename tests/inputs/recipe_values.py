@@ -153,14 +153,14 @@ OTHERS: dict[str, dict[str, Expected]] = {
         "[{match: '[', lr: 0.1}]": refused("optimizer.groups.0.match"),
     },
     "optimizer.decay_norms_and_biases": {"false": accepted("there is no weight decay to split")},
-    "data.validation": {"1e-300": accepted("rounded up to one image"), "0": accepted("none")},
+    "data.validation": {"1e-300": refused("data.validation"), "0": accepted("none")},
     "model.reset": {
         "1": refused("model.reset"),
         "[1]": refused("model.reset"),
         "{a: 1}": refused("model.reset"),
         "fc.*": refused("reset", "weights"),
     },
-    "trainer.ema_decay": {"0": accepted("the newest weights"), "1e-300": accepted("the same")},
+    "trainer.ema_decay": {"0": refused("ema_decay"), "1e-300": accepted("the newest weights")},
     "trainer.label_smoothing": {"0": accepted("none")},
     "lr_dropout": {"null": accepted("no learning rate dropout")},
     "lr_dropout.keep_prob": {

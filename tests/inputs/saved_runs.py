@@ -232,7 +232,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], Expected]] = {
     "trainer.json has a huge step": (_change_trainer(step=10**30), refused(_NEWEST)),
     "trainer.json has other settings": (
         _change_trainer(identity={"seed": 7}),
-        refused(_NEWEST, "seed"),
+        refused(_NEWEST, "more settings differ", "run_dir"),
     ),
     "trainer.json has no settings": (_change_trainer(identity=None), refused(_NEWEST)),
     "trainer.json has a list as best": (_change_trainer(best=[1]), refused(_NEWEST)),

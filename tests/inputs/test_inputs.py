@@ -30,6 +30,10 @@ _NAMED = {
     "folders of images: float TIFF with nan",
     'run directories: "a\\0b"',
     "run directories: ~nobody-here",
+    "run directories: status.json is a folder",
+    "values together: data.batch_size=1 data.image_size=2",
+    "values of a recipe: model.width=100000000",
+    "values of a recipe: optimizer.lr=1e300",
     "ranks: WORLD_SIZE=abc",
     "ranks: WORLD_SIZE=4",
     "ranks: WORLD_SIZE=-1",
@@ -41,7 +45,7 @@ _NAMED = {
     "commands: lrd check recipe.yaml model.width=100000000",
     "commands: lrd runs nothing",
 }
-_EVERY = 25  # of the values of a recipe
+_EVERY = 40  # of the values of a recipe
 
 
 def _describe(outcomes: list[Outcome]) -> str:
