@@ -155,7 +155,8 @@ def _is_folder(out: Path) -> bool:
     Raises:
         UserError: it can be neither a folder nor a safetensors file.
     """
-    # Unlike Path's methods, os.path's raise nothing: a path that is too long fails when it is written.
+    # Unlike Path's methods, os.path's raise nothing: a path that is too long fails when it is
+    # written.
     is_dir = os.path.isdir(out)
     if out.suffix == SUFFIX and not is_dir:
         return False

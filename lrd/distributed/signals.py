@@ -18,7 +18,8 @@ PARENT_PID = os.getppid()
 # A terminal that is closed sends SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# Whoever starts a run without a launcher, but wants it to end with itself, puts its process id here.
+# Whoever starts a run without a launcher, but wants it to end with itself, puts its process id
+# here.
 PARENT_VARIABLE = "LRD_PARENT_PID"
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint.run_dir import RunDir
+from lrd.checkpoint.run_records import describe_seconds, find_runs
 from lrd.cli import compare
 from lrd.cli.app import app
-from lrd.checkpoint.run_records import describe_seconds, find_runs
 from tests.helpers.tracked_run import TrackedRun, make_recipe
 
 

@@ -57,8 +57,8 @@ from torch.optim.optimizer import (
 
 import lrd
 import lrd.optim
-from lrd.parts.optimizers import NAMES
 from lrd.optim.dropout import get_lr_dropout
+from lrd.parts.optimizers import NAMES
 from tests.helpers.optimizers import (
     assert_same_bits,
     give_gradients,

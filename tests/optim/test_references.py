@@ -15,8 +15,8 @@ from torch import nn
 
 import lrd.optim
 from lrd import LRDropout
-from lrd.parts.schedules import Schedule
 from lrd.optim import mask
+from lrd.parts.schedules import Schedule
 from tests.helpers.optimizers import (
     assert_same_bits,
     assert_same_state,
