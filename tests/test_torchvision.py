@@ -62,7 +62,14 @@ def test_a_plain_import_works_after_which_torchvision_is_whole() -> None:
     assert ended.stdout.strip() == "torchvision", ended.stderr
 
 
-@pytest.mark.parametrize(("autoload", "first"), [("0", ""), ("1", ""), ("1", "import lrd.optim; ")])
+@pytest.mark.parametrize(
+    ("autoload", "first"),
+    [
+        ("0", ""),
+        pytest.param("1", "", marks=pytest.mark.slow),
+        pytest.param("1", "import lrd.optim; ", marks=pytest.mark.slow),
+    ],
+)
 def test_lrd_imports_it_in_any_order_and_without_entry_points(autoload: str, first: str) -> None:
     code = f"{first}from lrd.torchvision_compat import torchvision; print(torchvision.__name__)"
     ended = run_python(code, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload)

@@ -182,6 +182,7 @@ def test_killed_at_any_point_of_a_save(tmp_path, prepare):
     assert points > 30
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_of_a_second_save_of_the_same_step(tmp_path, prepare):
     new = make_state(3)
     new.model["half"] += 1

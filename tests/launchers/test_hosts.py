@@ -113,7 +113,8 @@ def test_a_main_host_that_is_replaced_while_the_other_hosts_ranks_start(
     assert any("the main host was started again" in line for line in launched_hosts[1].lrd_lines)
 
 
-@pytest.mark.parametrize("stops", [[12], pytest.param([12, 27], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [[12], [12, 27]])
 def test_the_newest_checkpoint_comes_from_the_host_that_has_it(
     two_hosts: list[Host], undisturbed: dict[int, Path], stops: list[int]
 ) -> None:

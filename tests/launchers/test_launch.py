@@ -35,6 +35,7 @@ def test_ranks_see_different_samples_and_end_with_equal_weights(tmp_path: Path) 
     assert not set(rank_0["seen"]) & set(rank_1["seen"])
 
 
+@pytest.mark.slow
 def test_another_mask_seed_on_one_rank_makes_the_replicas_drift_apart(tmp_path: Path) -> None:
     rank_0, rank_1 = run_two_ranks(
         tmp_path, "1", "trainer.max_steps=3", "trainer.fingerprint_every=0"
@@ -65,13 +66,19 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this host 
             "data.batch_size: is 63, which cannot be split evenly over "
             "2 rank(s) x 1 accumulation step(s)",
         ),
-        (2, "cpu.yaml", "optimizer.betas=[0.9, 0.99]", "optimizer.betas: SGD has no such argument"),
+        pytest.param(
+            2,
+            "cpu.yaml",
+            "optimizer.betas=[0.9, 0.99]",
+            "optimizer.betas: SGD has no such argument",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             1,
             "gpu.yaml",
             "seed=1",
             "accelerate launch asks for GPUs, as it does where neither a launch file",
-            marks=needs_no_cuda,
+            marks=[needs_no_cuda, pytest.mark.slow],
         ),
     ],
 )

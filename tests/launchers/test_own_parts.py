@@ -24,14 +24,14 @@ from tests.helpers.launching import (
 )
 from tests.helpers.tensorboard_events import read_scalars
 
-NUM_STEPS = 120
+NUM_STEPS = 80
 RECIPE = """
 data: {dataset: "my_parts.data:load", batch_size: 24, num_train: 1080, validation: 0.1}
 model: {arch: "my_parts.nets:SmallNet", dropout: 0.2}
 optimizer: {name: "my_parts.optim:Lion", lr: 3e-3, betas: [0.9, 0.95], weight_decay: 0.1}
 lr_dropout: {keep_prob: 0.5}
 schedule: {name: "my_parts.schedule:WarmupHoldDecay", unit: step, warmup: 0.1}
-trainer: {loss: "my_parts.loss:focal_loss", epochs: 3, ema_decay: 0.9, fingerprint_every: 1}
+trainer: {loss: "my_parts.loss:focal_loss", epochs: 2, ema_decay: 0.9, fingerprint_every: 1}
 checkpoint: {every_steps: 5}
 """
 
@@ -133,7 +133,7 @@ def test_ranks_with_another_source_of_a_part_refuse_to_start(project: Path, tmp_
 def test_the_command_lrd_finds_parts_in_the_folder_where_it_is_started(project: Path) -> None:
     script = Path(sys.executable).with_name("lrd")
     assert os.access(script, os.X_OK)
-    done = run_in(project, [str(script), "train", "recipe.yaml", "trainer.max_steps=2"])
+    done = run_in(project, [str(script), "check", "recipe.yaml"])
     assert done.returncode == 0, done.stdout + done.stderr
 
     (project / "my_parts" / "optim.py").unlink()

@@ -66,6 +66,7 @@ def test_after_sigterm_the_run_saves_at_the_next_step_and_ends_with_its_status(
     assert_same_end(tmp_path / "run", undisturbed[ranks])
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_is_killed_save_and_end(
     tmp_path: Path, undisturbed: dict[int, Path]
 ) -> None:
@@ -82,6 +83,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
     assert_same_end(tmp_path / "run", undisturbed[2])
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(
     tmp_path: Path, undisturbed: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

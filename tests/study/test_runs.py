@@ -124,6 +124,8 @@ def write_tiny_study(folder: Path, seeds: int) -> Path:
     return write_study(folder, text, TINY_BASE)
 
 
+# Slow, because each of its starts imports torch; test_a_study_that_is_stopped_or_killed is not.
+@pytest.mark.slow
 def test_a_study_killed_twice_ends_with_the_same_results(tmp_path):
     undisturbed = write_tiny_study(tmp_path / "undisturbed", seeds=1)
     killed = write_tiny_study(tmp_path / "killed", seeds=1)

@@ -27,7 +27,10 @@ def test_an_interval_is_mean_plus_minus_t_times_the_standard_error():
     assert estimate.high == pytest.approx(0.9504 + half_width)
 
 
-@pytest.mark.parametrize("n", [2, 3, 5])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("n", [pytest.param(2, marks=SLOW), 3, pytest.param(5, marks=SLOW)])
 def test_the_interval_contains_the_true_mean_in_95_percent(n):
     draws = np.random.default_rng(n).normal(0.95, 0.003, size=(DRAWS, n))
     estimates = [estimate_mean(list(values)) for values in draws]
@@ -35,7 +38,7 @@ def test_the_interval_contains_the_true_mean_in_95_percent(n):
     assert abs(missed - 0.05) < 4 * STANDARD_ERROR
 
 
-@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("n", [3, pytest.param(5, marks=SLOW)])
 def test_equal_arms_are_called_different_in_5_percent(n):
     generator = np.random.default_rng(n)
     of_seed = generator.normal(0.95, 0.01, size=(DRAWS, 1, n))  # what the arms of a seed share
