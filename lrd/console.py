@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -178,12 +178,16 @@ def log(message: str) -> None:
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Print on standard error what would go to standard output, which is for JSON then."""
+    """Print on standard error what would go to standard output, which is for JSON then.
+
+    That holds for what the user's own network and data print, too.
+    """
     global stdout
     kept = stdout
     stdout = stderr
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         stdout = kept
 

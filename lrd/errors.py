@@ -39,8 +39,17 @@ def first_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
+    if isinstance(error, SyntaxError):  # its text repeats file and line
+        text = error.msg
     lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line, with its type: `ValueError: wrong shape`."""
+    name = type(error).__name__
+    text = describe_os_error(error) if isinstance(error, OSError) else first_line(error)
+    return name if text == name else f"{name}: {text}"
 
 
 def summarize(names: Sequence[str], limit: int = 3) -> str:

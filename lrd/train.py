@@ -329,6 +329,8 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             return train(job, signals)
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             return report_failure(job, calls, error)
+        except SystemExit as error:  # of the user's code; status 0 would say that the run is done
+            raise RuntimeError("sys.exit was called in the middle of the run") from error
 
 
 def report_failure(

@@ -171,7 +171,7 @@ def _is_folder(out: Path) -> bool:
     others = sorted(entry.name for entry in out.iterdir() if entry.name not in FOLDER_FILES)
     if others:
         raise UserError(
-            f"{out}: cannot be replaced by an export: it contains {others[0]}, which is none"
+            f"{out}: is not replaced: it contains {others[0]}, which is no part of an export"
         )
     return True
 

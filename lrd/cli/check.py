@@ -23,9 +23,10 @@ from lrd.data import datasets
 from lrd.distributed import hardware
 from lrd.distributed.accelerator import start_rank
 from lrd.distributed.roll_call import RollCall
-from lrd.errors import RunError, UserError, first_line
+from lrd.errors import RunError, UserError, describe_error, first_line
 from lrd.job import setup
 from lrd.job.state import Job
+from lrd.recipe import named
 
 _TIMED_STEPS = 5
 _SECONDS_OF_STEPS = 20.0  # after which no further step is timed
@@ -63,8 +64,13 @@ def _try_out(recipe_path: str, overrides: list[str]) -> dict[str, Any]:
         setup.wrap_model(job)
         losses, step_seconds = run_steps(job)
         eval_seconds = run_evaluation_batch(job)
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f"this recipe fails here: {first_line(error)}") from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's network and loss raise
+        where = named.last_line_in_file(error)
+        if not where and not isinstance(error, RuntimeError | MemoryError):
+            raise
+        raise UserError(f"this recipe fails here: {describe_error(error)}{where}") from None
 
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):

@@ -171,7 +171,10 @@ def _name_group(runs: list[ComparedRun]) -> str:
     # Character by character: the names are no paths with parts in common.
     common = os.path.commonprefix(names).rstrip("0123456789")  # noqa: RUF071
     common = common.rstrip("-_. ").removesuffix("seed").rstrip("-_. ")
-    return f"{common or names[0]} ({len(names)} seeds)"
+    # The same run twice, or copies of it, are no further seeds.
+    seeds = {run.settings.get("seed") for run in runs}
+    what = "seeds" if len(seeds) == len(runs) else "runs"
+    return f"{common or names[0]} ({len(names)} {what})"
 
 
 def differing_settings(groups: list[Group]) -> Iterator[str]:
@@ -261,7 +264,10 @@ def plot_groups(groups: list[Group]) -> Figure:
 
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if any(len(group.runs) > 1 for group in groups):
-        labels = [f"{label}: mean ± sd" if "seeds)" in label else label for label in labels]
+        labels = [
+            f"{label}: mean ± sd" if label.endswith((" seeds)", " runs)")) else label
+            for label in labels
+        ]
     figure.legend(
         handles,
         labels,

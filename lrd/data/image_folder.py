@@ -74,8 +74,7 @@ def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"data.root: {folder} is not a folder; "
-            "imagefolder needs train/<class>/* and test/<class>/* there"
+            f"data.root: {folder} is not a folder; imagefolder needs images in <class>/* there"
         )
 
     names = []

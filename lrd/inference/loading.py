@@ -178,7 +178,7 @@ def load_model(
 
     Raises:
         UserError: there are no such weights, they are damaged or do not describe their network, or
-            the network is code of the user's own and `arch` is not given.
+            the network is code of the user's own and `arch` is not given, or the device is missing.
     """
     weights_path, values = _find_weights(Path(path), best, ema)
     config = parse_config(values, str(weights_path))
@@ -190,7 +190,10 @@ def load_model(
     network = _build_network(config, weights, weights_path, arch)
 
     device = torch.device(device)
-    network = network.to(device).eval().requires_grad_(False)
+    try:
+        network = network.to(device).eval().requires_grad_(False)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, or no such GPU
+        raise UserError(f"device: {device} cannot be used: {first_line(error)}") from None
     # As `lrd.job.setup` does it.
     if config.lrd.recipe.get("trainer", {}).get("channels_last") and device.type != "cpu":
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
         {
             "data.fingerprint": job.result_settings["data.fingerprint"],
             "the file of model.weights": job.start_weights_digest,
+            "model.arch": _describe_parameters(job.raw_model),
         }
     )
 
@@ -85,6 +87,18 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     wrap_model(job)
     communication.run_on_main_process(lambda: _open_outputs(job))
     return job
+
+
+def _describe_parameters(model: nn.Module) -> str:
+    """What the ranks compare of their networks: one may depend on the host or on the rank."""
+    shapes = [
+        (name, tuple(value.shape), str(value.dtype)) for name, value in model.named_parameters()
+    ]
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+    num_elements = sum(value.numel() for value in model.parameters())
+    return (
+        f"{num_elements:,} parameters in {len(shapes)} tensors, digest {digest} of names and shapes"
+    )
 
 
 def source_digest() -> str:

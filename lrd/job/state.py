@@ -361,8 +361,13 @@ def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path
     for key in sorted(saved.keys() | current.keys()):
         before = saved.get(key)
         now = current.get(key)
-        if before != now:
-            lines.append(f"{key}: the run in {path} had {before!r}, the recipe now says {now!r}")
+        if before == now:
+            continue
+        if key == "data.fingerprint":
+            lines.append(f"{key}: the images or labels are not those of the run in {path}")
+        else:
+            had, says = ("nothing" if value is None else repr(value) for value in (before, now))
+            lines.append(f"{key}: the run in {path} had {had}, the recipe now says {says}")
     if len(lines) > _MAX_CHANGES_NAMED:
         lines[_MAX_CHANGES_NAMED:] = [f"and {len(lines) - _MAX_CHANGES_NAMED} more settings differ"]
     return lines

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lrd import console
 from lrd import recipe as recipes
-from lrd.errors import UserError
-from lrd.recipe.named import call_named, check_arguments, import_callable
+from lrd.errors import UserError, first_line
+from lrd.recipe.named import call_named, import_callable
 from lrd.recipe.schema import is_own
 
 # Of logits, float (N, C), and labels, int64 (N,): the mean over the batch, float ().
@@ -41,7 +41,7 @@ def build_loss(section: recipes.Trainer, device: torch.device | None = None) -> 
     if inspect.isclass(function):
         if not issubclass(function, nn.Module):
             raise UserError(f"{_KEY}: {name} is a class, but not a torch.nn.Module")
-        check_arguments(name, "trainer", function, [])
+        _refuse_arguments(name, function)
         function = call_named(name, _KEY, function)
     if isinstance(function, nn.Module):
         _refuse_parameters(name, function)
@@ -49,6 +49,19 @@ def build_loss(section: recipes.Trainer, device: torch.device | None = None) -> 
 
     loss_function: LossFunction = function
     return loss_function
+
+
+def _refuse_arguments(name: str, cls: type[nn.Module]) -> None:
+    """Refuse a class that cannot be made without arguments: no key of a recipe gives it any."""
+    try:
+        inspect.signature(cls).bind()
+    except TypeError as error:
+        raise UserError(
+            f"{_KEY}: {name} is made without arguments: {first_line(error)}; give it a default, "
+            "or name a function that returns the loss's value"
+        ) from None
+    except ValueError:  # written in C, without a signature
+        return
 
 
 def _refuse_parameters(name: str, module: nn.Module) -> None:

@@ -133,6 +133,8 @@ def _call(key: str, name: str, groups: list[Any], arguments: dict[str, Any]) -> 
         if not isinstance(optimizer, Optimizer):
             kind = type(optimizer).__name__
             raise UserError(f"{key}: {name} returns a {kind}, not a torch.optim.Optimizer")
+        if not hasattr(optimizer, "param_groups"):
+            raise UserError(f"{key}: {name} does not call super().__init__(params, defaults)")
         return optimizer
 
     try:

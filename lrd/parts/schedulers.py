@@ -205,6 +205,8 @@ def _build_own(
     if not isinstance(scheduler, LRScheduler):
         kind = type(scheduler).__name__
         raise UserError(f"{key}.name: {name} returns a {kind}, not torch's LRScheduler")
+    if not hasattr(scheduler, "base_lrs"):
+        raise UserError(f"{key}.name: {name} does not call super().__init__(optimizer)")
     return scheduler
 
 

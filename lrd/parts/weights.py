@@ -137,6 +137,11 @@ def _require_fit(
         tensors: what was read from it, without what is left out.
         targets: the network's tensors, without what is left out.
     """
+    if not targets:
+        raise UserError(
+            f"model.reset: leaves out all tensors of {path}; name only those that are not to be "
+            "taken from it, e.g. fc.*, or leave out model.weights"
+        )
     if not any(name in targets for name in tensors):
         raise UserError(
             f"model.weights: {path} has no tensor that {section.arch} would take; its first names "

@@ -21,7 +21,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lrd.errors import UserError, first_line
-from lrd.recipe.schema import SCHEDULES, Recipe, is_schedule_key, section_types
+from lrd.recipe.schema import (
+    INNER_SCHEDULES,
+    SCHEDULES,
+    Recipe,
+    is_schedule_key,
+    section_types,
+)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -307,7 +313,7 @@ def _explain(fault: ErrorDetails) -> str:
     if fault["type"] in ("extra_forbidden", "unknown_key"):
         return _explain_unknown_key(location, _scheduler_of(fault))
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return _explain_unknown_scheduler(key, value)
+        return _explain_unknown_scheduler(key, value, is_inner="schedules" in location)
     if fault["type"] == "needs":
         return f"{key}: {fault['msg']}"
     if fault["type"] == "value_error":
@@ -347,13 +353,18 @@ def _explain_unknown_key(location: list[str], scheduler: str | None) -> str:
     return f"{key}: unknown key; {owner} has {', '.join(known)}{hint}"
 
 
-def _explain_unknown_scheduler(key: str, value: Any) -> str:
+def _explain_unknown_scheduler(key: str, value: Any, is_inner: bool) -> str:
+    """A line about `schedule.name`, or about that of one of SequentialLR's `schedules`."""
     if not isinstance(value, dict):
         return f"{key}: is {show_value(value)}, should be a section of keys and values"
 
     name = value.get("name")
-    hint = did_you_mean(str(name), SCHEDULES, cutoff=0.5)
-    names = ", ".join(SCHEDULES)
+    known = INNER_SCHEDULES if is_inner else list(SCHEDULES)
+    if is_inner and name in SCHEDULES:
+        return f"{key}.name: is {name!r}, which cannot be a part of SequentialLR"
+
+    hint = did_you_mean(str(name), known, cutoff=0.5)
+    names = ", ".join(known)
     return f"{key}.name: is {show_value(name)}, may be {names}, or an own one as module:class{hint}"
 
 

@@ -14,12 +14,13 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import lrd
-from lrd.errors import UserError, first_line
+from lrd.errors import UserError, describe_error, first_line
 from lrd.recipe.schema import Recipe, SequentialLR, is_own
 
 _PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -50,16 +51,17 @@ def import_named(name: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"{key}: {name}: {_describe_missing(error, module_name)}") from None
     except (Exception, SystemExit) as error:  # whatever the user's module raises
-        where = _last_line_in_file(error)
+        where = last_line_in_file(error)
         raise UserError(
-            f"{key}: {name}: {module_name} cannot be imported: "
-            f"{type(error).__name__}: {first_line(error)}{where}"
+            f"{key}: {name}: {module_name} cannot be imported: {describe_error(error)}{where}"
         ) from None
 
     for part in attribute.split("."):
         if not hasattr(found, part):
             hint = _did_you_mean(part, [item for item in dir(found) if not item.startswith("_")])
-            raise UserError(f"{key}: {name}: {module_name} has no {attribute}{hint}")
+            file = getattr(sys.modules[module_name], "__file__", None)
+            where = "" if file is None or _is_below(Path(file), Path.cwd()) else f" ({file})"
+            raise UserError(f"{key}: {name}: {module_name}{where} has no {attribute}{hint}")
         found = getattr(found, part)
     return found
 
@@ -149,10 +151,8 @@ def call_named(name: str, key: str, function: Callable[..., Any], /, **arguments
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        where = _last_line_in_file(error)
-        raise UserError(
-            f"{key}: {name} failed: {type(error).__name__}: {first_line(error)}{where}"
-        ) from None
+        where = last_line_in_file(error)
+        raise UserError(f"{key}: {name} failed: {describe_error(error)}{where}") from None
 
 
 def named_parts(recipe: Recipe) -> dict[str, str]:
@@ -253,17 +253,23 @@ def _describe_missing(error: ModuleNotFoundError, module_name: str) -> str:
     )
 
 
-def _last_line_in_file(error: BaseException) -> str:
-    """Where an error was raised, as ` (nets.py, line 12)`."""
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder and is no installed package there, as in `.venv`."""
+    return path.is_relative_to(folder) and "site-packages" not in path.parts
+
+
+def last_line_in_file(error: BaseException) -> str:
+    """Where the user's code raised an error, as ` (nets.py, line 12)`; empty if it did not."""
     traceback = error.__traceback__
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}, line {error.lineno})"
 
     where = ""
-    package_folder = f"{Path(lrd.__file__).parent}{os.sep}"
+    folders = (Path(lrd.__file__).parent, sysconfig.get_path("stdlib"))
+    not_users = tuple(f"{folder}{os.sep}" for folder in folders)
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        is_users = "importlib" not in file and not file.startswith(package_folder)
+        is_users = "importlib" not in file and not file.startswith(not_users)
         # The last line in the user's own files: what torch raises, the user's line has caused.
         if is_users and "site-packages" not in file:
             where = f" ({Path(file).name}, line {traceback.tb_lineno})"

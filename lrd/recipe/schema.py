@@ -967,8 +967,9 @@ class SequentialLR(ScheduleSection):
     name: Literal["SequentialLR"] = _scheduler("SequentialLR")
     schedules: Annotated[list[InnerSchedule], Field(min_length=1)] = setting(
         ...,
-        "schedules that follow each other, each with its `name` and arguments; `unit` and "
-        "`warmup_steps` stand beside this key and not in them",
+        "schedules that follow each other, each with its `name` and arguments (not OneCycleLR, "
+        "ReduceLROnPlateau or SequentialLR); `unit` and `warmup_steps` stand beside this key and "
+        "not in them",
         affects_results=True,
     )
     milestones: list[Annotated[Int, Field(gt=0)]] = setting(
@@ -1036,6 +1037,10 @@ SCHEDULES: dict[str, type[ScheduleSection]] = {
     "LambdaLR": LambdaLR,
     "SequentialLR": SequentialLR,
 }
+# Those of `InnerSchedule`.
+INNER_SCHEDULES = [
+    name for name in SCHEDULES if name not in ("OneCycleLR", "ReduceLROnPlateau", "SequentialLR")
+]
 
 
 def is_schedule_key(key: str) -> bool:

@@ -115,6 +115,12 @@ def test_runs_that_differ_only_in_the_seed_are_a_group(run_dirs):
     assert rows[1][1] == "-"
 
 
+def test_the_same_seed_twice_is_not_called_two_seeds(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    (group,) = compare.group_by_seed(compare.read_runs(runs))
+    assert group.name.endswith(" (2 runs)")
+
+
 def test_mean_and_spread_at_the_steps_that_all_have():
     steps, means, spreads = compare.mean_and_spread([{1: 1.0, 2: 4.0, 3: 0.0}, {1: 3.0, 2: 4.0}])
     assert steps == [1, 2]

@@ -112,5 +112,5 @@ def test_a_fault_of_an_own_loss_is_one_line(name, message):
 
 
 def test_a_module_that_needs_arguments_is_refused():
-    with pytest.raises(UserError, match=rf"^trainer.weight: is missing, {OWN}:NeedsArgument needs"):
+    with pytest.raises(UserError, match=rf"^trainer.loss: {OWN}:NeedsArgument .*: 'weight'"):
         build_loss(section(loss=f"{OWN}:NeedsArgument"))

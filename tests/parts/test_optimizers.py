@@ -433,6 +433,7 @@ REFUSED = [
     ({"name": f"{OWN}:Loin"}, f"optimizer.name: {OWN}:Loin: .* has no Loin .did you mean Lion"),
     ({"name": f"{OWN}:NoOptimizer"}, f"optimizer.name: {OWN}:NoOptimizer is not a subclass of"),
     ({"name": f"{OWN}:make_nothing"}, f"optimizer.name: {OWN}:make_nothing returns a NoneType, "),
+    ({"name": f"{OWN}:BareSGD"}, f"optimizer.name: {OWN}:BareSGD does not call super"),
     ({"name": f"{OWN}:Lion", "momentum": 0.9}, f"optimizer.momentum: {OWN}:Lion has no such"),
     ({"name": f"{OWN}:Lion", "params": []}, f"optimizer.params: {OWN}:Lion has no such"),
     (

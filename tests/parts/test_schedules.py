@@ -539,6 +539,7 @@ REFUSED = [
         r"schedule: StepLR sets the lr of group0 to 1e\+199 after 1 steps; it must be at least 0",
     ),
     ({"name": f"{OWN}:NoSchedule"}, rf"schedule\.name: {OWN}:NoSchedule is not a subclass of"),
+    ({"name": f"{OWN}:Bare"}, rf"schedule\.name: {OWN}:Bare does not call super"),
     ({"name": f"{OWN}:Plateau"}, rf"schedule\.name: {OWN}:Plateau needs a metric"),
     ({"name": f"{OWN}:Halving", "gama": 1}, rf"schedule\.gama: {OWN}:Halving has no such argument"),
     ({"name": f"{OWN}:Missing"}, rf"schedule\.name: {OWN}:Missing: "),

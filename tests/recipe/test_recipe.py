@@ -212,6 +212,19 @@ def test_any_other_keep_prob_is_refused(tmp_path, keep_prob):
         ("schedule: StepLR", "schedule", "'StepLR', should be a section of keys and values"),
         ("schedule: {name: [StepLR]}", "schedule.name", "is ['StepLR'], may be constant, "),
         ("schedule: {name: }", "schedule.name", "is None, may be constant, StepLR, "),
+        *(
+            (
+                f"schedule: {{name: SequentialLR, milestones: [], schedules: [{{name: {name}}}]}}",
+                "schedule.schedules.0.name",
+                message,
+            )
+            for name, message in (
+                ("OneCycleLR", "cannot be a part of SequentialLR"),
+                ("ReduceLROnPlateau", "cannot be a part of SequentialLR"),
+                ("SequentialLR", "cannot be a part of SequentialLR"),
+                ("cosine", "did you mean CosineAnnealingLR?"),
+            )
+        ),
         ("schedule: {warmup_steps: -1}", "schedule.warmup_steps", "-1"),
         ("checkpoint: {keep_last: 0}", "checkpoint.keep_last", "greater than or equal to 2"),
         ("checkpoint: {keep_last: 1}", "checkpoint.keep_last", "greater than or equal to 2"),

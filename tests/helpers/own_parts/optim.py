@@ -174,3 +174,10 @@ class WrappedSGD(Optimizer):
 
     def step(self, closure: Any = None) -> None:
         self.inner.step()
+
+
+class BareSGD(Optimizer):
+    """Forgets to call Optimizer.__init__."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        self.lr = lr

@@ -105,3 +105,10 @@ class Breaking(LRScheduler):
 
     def get_lr(self) -> list[float]:
         return [lr * {0: 1.0, 1: 0.5}[self.last_epoch] for lr in self.base_lrs]
+
+
+class Bare(LRScheduler):
+    """Forgets to call LRScheduler.__init__."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.count = 0
