@@ -995,7 +995,7 @@ class SequentialLR(ScheduleSection):
         if len(self.milestones) != len(self.schedules) - 1:
             raise PydanticCustomError(
                 "needs",
-                "milestones has {milestones} values; {schedules} schedules need {needed}",
+                "{schedules} schedules need {needed} milestones, not {milestones}",
                 {
                     "milestones": len(self.milestones),
                     "schedules": len(self.schedules),

@@ -130,6 +130,27 @@ def test_ranks_with_another_source_of_a_part_refuse_to_start(project: Path, tmp_
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
+def test_a_network_that_differs_by_rank_is_refused_before_ddp_meets_it(
+    project: Path, tmp_path: Path
+) -> None:
+    with (project / "my_parts" / "nets.py").open("a") as file:
+        file.write(
+            "\n\ndef by_rank(num_classes):\n"
+            "    import os\n"
+            "    return SmallNet(num_classes, channels=4 + int(os.environ['RANK']))\n"
+        )
+    recipe = ["-m", "lrd.train", "recipe.yaml", "model={arch: 'my_parts.nets:by_rank'}"]
+    done = run_in(project, command(2, [*recipe, f"run_dir={tmp_path / 'run'}"]))
+
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lrd: ")]
+    assert len(lines) == 1, done.stderr
+    assert "model.arch" in lines[0]
+    assert "rank 1" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_lrd_finds_parts_in_the_folder_where_it_is_started(project: Path) -> None:
     script = Path(sys.executable).with_name("lrd")
     assert os.access(script, os.X_OK)
