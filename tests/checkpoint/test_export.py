@@ -142,7 +142,7 @@ def test_a_folder_has_hugging_faces_files_and_replaces_an_older_export(tmp_path,
     [
         ("x.pt", "an export is a file that ends in .safetensors, or a folder"),
         ("x.safetensor", "an export is a file that ends in .safetensors, or a folder"),
-        ("run", "cannot be replaced by an export: it contains checkpoints"),
+        ("run", "is not replaced: it contains checkpoints"),
         ("file", "an export is a file that ends in .safetensors"),
         ("nowhere/w.safetensors", "cannot be written: No such file"),
         ("nowhere/folder", "cannot be written: No such file"),
