@@ -770,7 +770,9 @@ def matches_in_the_interpreter(optimizer_class: Any, monkeypatch: Any) -> bool:
         return selftest.matches(optimizer_class, torch.device("cpu"), take_one_pass_step)
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.SGD, pytest.param(torch.optim.Adam, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("argument", "change"),
     [

@@ -543,6 +543,7 @@ def test_a_compiler_that_fails_is_reported_once_and_training_goes_on(monkeypatch
     assert_same(failing, working)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_where_nothing_can_be_stored_on_disk():
     """A container whose folders are read-only: Numba finds no place for its cache."""
     code = (
