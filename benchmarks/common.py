@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -11,11 +12,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 
 import lrd
-from lrd import console
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,18 +28,41 @@ def circumstances(device: str) -> dict[str, Any]:
     Args:
         device: `cpu` or `cuda`.
     """
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "commit": commit or "unknown",
+        "commit": find_commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
+        "accelerate": _find_version("accelerate"),
         "lrd": lrd.__version__,
     }
+
+
+def find_commit() -> str:
+    """Return the commit of this checkout; `-dirty` after it says that something else is measured.
+
+    Results do not count: a benchmark that writes them would make the next one dirty. A copy without
+    git may have a file COMMIT in its place.
+    """
+    git = ["git", "-C", str(ROOT)]
+    head = [*git, "rev-parse", "--short=12", "HEAD"]
+    changes = [*git, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]
+    try:
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        file = ROOT / "COMMIT"
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _find_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_name() -> str:
@@ -63,6 +85,8 @@ def spread(values: dict[str, float], number_format: str = ".2f") -> str:
 
 def write(out: Path, facts: dict[str, Any]) -> None:
     """Write the file of results."""
+    from lrd import console  # needs rich, and on_gpu.py has to start without it
+
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     console.info(f"written: {out}")

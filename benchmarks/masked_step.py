@@ -29,10 +29,12 @@ from lrd.parts.resnet import ResNet
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4},
+    "Adam": {"lr": 1e-4},
     "AdamW": {"lr": 1e-4},
 }
-PASSES = {"SGD": 5, "AdamW": 7}  # over the parameters: reads and writes of a step
+PASSES = {"SGD": 5, "Adam": 7, "AdamW": 7}  # over the parameters: reads and writes of a step
 KEEP_PROBS = (0.5, 0.75, 0.9)
+SLEEP_CYCLES = 20_000_000  # of a GPU's clock, about 10 ms: longer than to launch a step's kernels
 STOCK = {
     "stock, for-loop": {"foreach": False},
     "stock, foreach": {"foreach": True},
@@ -47,9 +49,16 @@ COMPILE = (
 USE_EMPTY_CACHE = "import numba; numba.config.CACHE_DIR = __import__('tempfile').mkdtemp(); "
 
 
-def make_parameters(device: str) -> list[nn.Parameter]:
-    """Make the parameters of a ResNet-34, with gradients."""
-    params = list(ResNet().to(device).parameters())
+def make_parameters(device: str, is_tiny: bool = False) -> list[nn.Parameter]:
+    """Make the parameters of a ResNet-34, with gradients.
+
+    Args:
+        device: `cpu` or `cuda`.
+        is_tiny: a narrow ResNet-18 in its place, to try the benchmark out.
+    """
+    # Large enough for LRDropout to load its kernels at the first step.
+    network = ResNet("resnet18", width=16) if is_tiny else ResNet()
+    params = list(network.to(device).parameters())
     for param in params:
         param.grad = torch.full_like(param, 1e-3)
     return params
@@ -76,13 +85,15 @@ class PublicSGD(torch.optim.Optimizer):
                 param.add_(buffer * kept, alpha=-group["lr"])
 
 
-def make_ways(name: str, keep_prob: float, device: str) -> dict[str, Callable[[], Any]]:
+def make_ways(
+    name: str, keep_prob: float, device: str, is_tiny: bool
+) -> dict[str, Callable[[], Any]]:
     """Make the step of each way of one optimizer."""
     cls = getattr(torch.optim, name)
     options = OPTIMIZERS[name]
 
     def make_masked_step(can_fuse: bool, **more_options: Any) -> Callable[[], Any]:
-        optimizer = cls(make_parameters(device), **options, **more_options)
+        optimizer = cls(make_parameters(device, is_tiny), **options, **more_options)
         dropout = lrd.LRDropout(optimizer, keep_prob=keep_prob)
         dropout._can_fuse = can_fuse  # whether it may use the compiled kernels
         optimizer.step()
@@ -91,11 +102,11 @@ def make_ways(name: str, keep_prob: float, device: str) -> dict[str, Callable[[]
 
     ways = {}
     for way, stock_options in STOCK.items():
-        ways[way] = cls(make_parameters(device), **options, **stock_options).step
+        ways[way] = cls(make_parameters(device, is_tiny), **options, **stock_options).step
     ways["masked, one pass"] = make_masked_step(can_fuse=True)
     ways["masked, generic"] = make_masked_step(can_fuse=False, fused=True)
     if name == "SGD":
-        public_optimizer = PublicSGD(make_parameters(device), keep_prob, **options)
+        public_optimizer = PublicSGD(make_parameters(device, is_tiny), keep_prob, **options)
         ways["masked, public code's way"] = public_optimizer.step
     return ways
 
@@ -111,22 +122,49 @@ def measure_ms(step: Callable[[], Any], device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def compare(name: str, keep_prob: float, rounds: int, device: str) -> list[dict[str, Any]]:
-    """Compare all ways of one optimizer. Returns a row for each."""
-    ways = make_ways(name, keep_prob, device)
-    ways["copy"] = make_copy(make_parameters(device), PASSES[name])
+def measure_gpu_ms(step: Callable[[], Any]) -> float:
+    """Measure what the GPU itself takes for a step, in milliseconds.
+
+    The GPU is kept busy until all of the step's kernels are launched, as it is by the backward pass
+    in training. So the time of Python, which prepares them meanwhile, does not count.
+    """
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def compare(
+    name: str, keep_prob: float, rounds: int, device: str, is_tiny: bool
+) -> list[dict[str, Any]]:
+    """Compare all ways of one optimizer.
+
+    Returns:
+        A row for each. On a GPU `gpu_milliseconds` and `gpu_ratio` are its own time, without that
+        of the CPU.
+    """
+    ways = make_ways(name, keep_prob, device, is_tiny)
+    ways["copy"] = make_copy(make_parameters(device, is_tiny), PASSES[name])
     for _ in range(3):
         for step in ways.values():
             step()
 
     turns: list[dict[str, float]] = []
+    gpu_turns: list[dict[str, float]] = []
     for number in track(range(rounds), f"{name} {keep_prob}", transient=True):
         order = list(ways) if number % 2 == 0 else list(ways)[::-1]
         turns.append({way: measure_ms(ways[way], device) for way in order})
+        if device == "cuda":
+            gpu_turns.append({way: measure_gpu_ms(ways[way]) for way in order})
 
     medians = {way: statistics.median(turn[way] for turn in turns) for way in ways}
     fastest_stock = min(STOCK, key=lambda way: medians[way])
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "optimizer": name,
             "keep_prob": keep_prob,
@@ -139,6 +177,18 @@ def compare(name: str, keep_prob: float, rounds: int, device: str) -> list[dict[
         }
         for way in ways
     ]
+    if not gpu_turns:
+        return rows
+
+    gpu_medians = {way: statistics.median(turn[way] for turn in gpu_turns) for way in ways}
+    fastest_stock = min(STOCK, key=lambda way: gpu_medians[way])
+    for row in rows:
+        way = row["way"]
+        row["gpu_milliseconds"] = summary([turn[way] for turn in gpu_turns])
+        row["gpu_ratio"] = summary([turn[way] / turn[fastest_stock] for turn in gpu_turns])
+        row["gpu_share_of_memory_limit"] = gpu_medians["copy"] / gpu_medians[way]
+        row["gpu_fastest_stock"] = fastest_stock
+    return rows
 
 
 def make_copy(params: list[nn.Parameter], passes: int) -> Callable[[], Any]:
@@ -172,15 +222,20 @@ def measure_compilation(name: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=["SGD", "AdamW"]
+    )
+    parser.add_argument("--tiny", action="store_true", help="a small network, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS / "masked_step.json")
     arguments = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     facts = circumstances(device)
     rows = []
-    for name in OPTIMIZERS:
+    for name in arguments.optimizers:
         for keep_prob in KEEP_PROBS:
-            rows += compare(name, keep_prob, arguments.rounds, device)
+            rows += compare(name, keep_prob, arguments.rounds, device, arguments.tiny)
 
     columns = [
         "optimizer",
@@ -201,15 +256,16 @@ def main() -> None:
         ]
         for row in rows
     ]
+    network = "a small ResNet-18" if arguments.tiny else "ResNet-34"
     title = (
-        f"one step on ResNet-34's tensors, {facts['device']}, {facts['threads']} threads, "
+        f"one step on {network}'s tensors, {facts['device']}, {facts['threads']} threads, "
         f"median of {arguments.rounds}"
     )
     console.table(title, columns, cells)
 
     seconds: dict[str, dict[str, float]] | str = "not measured"
-    if device == "cpu":
-        seconds = {name: measure_compilation(name) for name in OPTIMIZERS}
+    if device == "cpu" and not arguments.tiny:
+        seconds = {name: measure_compilation(name) for name in arguments.optimizers}
     console.info(f"seconds from nothing to compiled and compared, imports included: {seconds}")
     write(arguments.out, {**facts, "rows": rows, "compilation_seconds": seconds})
 

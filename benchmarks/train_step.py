@@ -32,6 +32,7 @@ from lrd.parts.resnet import ResNet
 
 IMAGE_SIZE = 32  # pixels a side
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that measure the peak
+TINY_MATRIX_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 CONTIGUOUS = "contiguous"
@@ -60,8 +61,9 @@ class Way:
 class Bench:
     """Networks and inputs on one device, made once."""
 
-    def __init__(self, device: str, ways: list[Way]) -> None:
+    def __init__(self, device: str, ways: list[Way], is_tiny: bool) -> None:
         self.device = device
+        self.is_tiny = is_tiny
         self.networks: dict[tuple[bool, bool], tuple[nn.Module, Optimizer]] = {}
         for way in ways:
             if way.network_key not in self.networks:
@@ -71,14 +73,18 @@ class Bench:
         self.inputs = torch.randn(max_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
         self.labels = torch.randint(10, (max_batch,), device=device)
 
-        size = MATRIX_SIZE[device]
+        self.size = TINY_MATRIX_SIZE if is_tiny else MATRIX_SIZE[device]
         self.matrices = {
-            precision: torch.randn(size, size, device=device, dtype=dtype)
+            precision: torch.randn(self.size, self.size, device=device, dtype=dtype)
             for precision, dtype in DTYPES.items()
         }
 
+    def _make_resnet(self) -> nn.Module:
+        network = ResNet("resnet18", width=4) if self.is_tiny else ResNet()
+        return network.to(self.device)
+
     def _make_network(self, channels_last: bool, compiled: bool) -> tuple[nn.Module, Optimizer]:
-        network = ResNet().to(self.device)
+        network = self._make_resnet()
         if channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
@@ -120,7 +126,7 @@ class Bench:
 
         A multiplication and its addition are two.
         """
-        network = ResNet().to(self.device)
+        network = self._make_resnet()
         way = Way(1, "fp32", CONTIGUOUS, False)
         with FlopCounterMode(display=False) as counter:
             self.forward_backward(way, network, self.inputs[:2], self.labels[:2])
@@ -132,11 +138,14 @@ class Bench:
         start = self.clock()
         for _ in range(3):
             torch.mm(matrix, matrix)
-        return 3 * 2 * MATRIX_SIZE[self.device] ** 3 / (self.clock() - start)
+        return 3 * 2 * self.size**3 / (self.clock() - start)
 
 
-def measure(device: str, ways: list[Way], rounds: int) -> dict[str, Any]:
-    bench = Bench(device, ways)
+def measure(device: str, ways: list[Way], rounds: int, is_tiny: bool) -> dict[str, Any]:
+    if device == "cuda":
+        # torch lets convolutions use TF32 and multiplications not. The peak must be of the same.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    bench = Bench(device, ways, is_tiny)
     flops = bench.count_flops()
     times: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways}
     peaks: dict[str, list[float]] = {precision: [] for precision in DTYPES}
@@ -178,6 +187,8 @@ def measure(device: str, ways: list[Way], rounds: int) -> dict[str, Any]:
 
     return {
         **circumstances(device),
+        "rounds": rounds,
+        "tf32": device == "cuda" and torch.backends.cudnn.allow_tf32,
         "flops_an_image": flops,
         "peak_gflops": {precision: value / 1e9 for precision, value in median_peaks.items()},
         "rows": rows,
@@ -238,8 +249,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument(
-        "--compile", action="store_true", help="with torch.compile too; on a GPU always"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile too; default: on a GPU",
     )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        choices=["cpu", "cuda"],
+        help="default: the CPU, and a GPU if there is one",
+    )
+    parser.add_argument("--tiny", action="store_true", help="a small network, to try it out")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -248,15 +268,16 @@ def main() -> None:
     results: dict[str, Any] = {
         "what": "a training step of ResNet-34 at 32x32: forward, backward, masked SGD"
     }
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    devices = arguments.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     for device in devices:
         default_batches = [128, 1024] if device == "cuda" else [32, 128]
-        compiled = [False, True] if arguments.compile or device == "cuda" else [False]
+        is_compiled = device == "cuda" if arguments.compile is None else arguments.compile
+        compiled = [False, True] if is_compiled else [False]
         ways = make_ways(arguments.batches or default_batches, compiled)
-        results[device] = measure(device, ways, arguments.rounds)
+        results[device] = measure(device, ways, arguments.rounds, arguments.tiny)
         show(results[device], arguments.rounds)
 
-    if "cuda" not in devices:
+    if not torch.cuda.is_available():
         results["cuda"] = "not measured"
         console.info("GPU: not measured, there is none here")
     write(arguments.out, results)
