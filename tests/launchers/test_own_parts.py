@@ -151,6 +151,7 @@ def test_a_network_that_differs_by_rank_is_refused_before_ddp_meets_it(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command_lrd_finds_parts_in_the_folder_where_it_is_started(project: Path) -> None:
     script = Path(sys.executable).with_name("lrd")
     assert os.access(script, os.X_OK)

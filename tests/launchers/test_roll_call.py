@@ -90,7 +90,8 @@ def test_a_rank_that_is_stopped_is_named_when_time_is_up(tmp_path: Path) -> None
     assert "Timed out" in line
 
 
-@pytest.mark.parametrize("victims", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [[0, 1], [1]])
 def test_the_launcher_restarts_the_ranks_if_it_may(
     tmp_path: Path, undisturbed: dict[int, Path], victims: list[int]
 ) -> None:
