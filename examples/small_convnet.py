@@ -2,10 +2,8 @@
 
     model: {arch: "examples.small_convnet:SmallConvNet", width: 64}
 
-Start in the folder that contains `examples`. On a CPU a ResNet of the same accuracy takes several
-times as long, because its many narrow layers leave the matrix units idle. The shape is that of the
-networks of Jordan, arXiv 2404.00498, without what they do beside it (whitening, test-time
-augmentation, and others).
+Start in the folder that contains `examples`. The shape is that of the networks of Jordan,
+arXiv 2404.00498, without what they do beside it (whitening, test-time augmentation, and others).
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 64, scale: float = 1 / 9) -> None:
         super().__init__()
-        # 2x2 patches in 24 channels: enough for all there is to know of them.
+        # A 2x2 patch has 12 values, so 24 channels lose none of them.
         self.stem = nn.Sequential(nn.Conv2d(3, 24, kernel_size=2), nn.GELU())  # (N, 24, H - 1, ...)
         self.blocks = nn.Sequential(
             Block(24, width),  # (N, width, H / 2, W / 2), rounded down

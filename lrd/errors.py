@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 EXIT_OK = 0
@@ -62,6 +63,18 @@ def describe_os_error(error: OSError) -> str:
     """An error of the operating system in one line, with the file if the error names one."""
     reason = first_line(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """A hint at the known word that is most like this one; empty if none is.
+
+    Args:
+        cutoff: likeness from 0 to 1 that a hint needs.
+    """
+    # Upper and lower case count for nothing: `sgd` means `SGD`.
+    by_lower_case = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1, cutoff=cutoff)
+    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
 
 
 def stacklevel_of_user() -> int:

@@ -27,6 +27,7 @@ from lrd.errors import (
     EXIT_STOPPED,
     RunError,
     UserError,
+    describe_error,
     describe_os_error,
     first_line,
 )
@@ -38,6 +39,7 @@ from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
 from lrd.memory import is_out_of_memory
+from lrd.recipe import named
 
 USAGE = "usage: python -m lrd.train RECIPE.yaml [section.key=value ...]"
 
@@ -327,24 +329,18 @@ def run(recipe_path: str, overrides: list[str]) -> int:
             # Until the end of the run: a launcher sends SIGTERM when another rank dies.
             signals = stack.enter_context(StopSignals())
             return train(job, signals)
-        except (UserError, OSError, RuntimeError, MemoryError) as error:
+        except (Exception, SystemExit) as error:  # parts of the user's own may raise anything
             return report_failure(job, calls, error)
-        except SystemExit as error:  # of the user's code; status 0 would say that the run is done
-            raise RuntimeError("sys.exit was called in the middle of the run") from error
 
 
-def report_failure(
-    job: Job | None,
-    calls: RollCall,
-    error: UserError | OSError | RuntimeError | MemoryError,
-) -> int:
+def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemExit) -> int:
     """Report what went wrong, once among the ranks.
 
     Returns:
         The exit status.
 
     Raises:
-        RuntimeError: the error is a fault of the program; it is raised again.
+        Exception: the error is a fault of lrd; it is raised again.
     """
     is_reporter = communication.should_report_errors()
     status = UserError.status
@@ -371,6 +367,13 @@ def report_failure(
         message = describe_lost_rank(job, error, missing)
         status = RunError.status
         is_reporter = result.is_reporter
+    elif where := named.last_line_in_file(error):
+        # Each rank reports it: what the user's code does may depend on the rank.
+        console.log("".join(traceback.format_exception(error)))
+        step = "before the first step" if job is None else f"step {job.step + 1}"
+        message = f"{communication.describe_rank()}: {step}: {describe_error(error)}{where}"
+        status = RunError.status
+        is_reporter = True
     else:
         raise error
 

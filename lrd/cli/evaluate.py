@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrd import console
+from lrd.cli.plots import write_picture
 from lrd.errors import UserError
 from lrd.inference.evaluation import Evaluation, as_json, evaluate_path
 from lrd.inference.loading import LoadedModel
@@ -63,7 +64,7 @@ def evaluate(
                 on_batch=meter.update,
             )
         if out is not None:
-            _write_picture(evaluation, out)
+            write_picture(lambda: plot_confusion(evaluation), out)
 
     if as_json_text:
         console.info(json.dumps(as_json(model, evaluation), indent=1))
@@ -132,21 +133,6 @@ def _print_result(model: LoadedModel, evaluation: Evaluation) -> None:
         f"the training run recorded another accuracy, {recorded:.4f} ({difference:+d} images): "
         "the images, the precision or the processor are not the same"
     )
-
-
-def _write_picture(evaluation: Evaluation, out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plot_confusion(evaluation)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: cannot be written: {error}") from None
-    finally:
-        plt.close(figure)
 
 
 def plot_confusion(evaluation: Evaluation) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,23 +85,32 @@ def draw_trajectories(arguments: list[str], out: Path) -> None:
     paths, overrides = split_arguments(arguments)
     sources = read_sources(paths, overrides)
 
+    write_picture(lambda: plot_sources(sources), out)
+
+    num_runs = sum(source.steps_per_epoch is None for source in sources)
+    counts = [(len(sources) - num_runs, "recipe"), (num_runs, "run")]
+    words = [f"{count} {kind}{'s' if count > 1 else ''}" for count, kind in counts if count]
+    console.info(f"{out}: lr of {' and '.join(words)}")
+
+
+def write_picture(draw: Callable[[], Figure], out: Path) -> None:
+    """Draw a figure and write it to an image file, without a display.
+
+    Raises:
+        UserError: the file cannot be written, or its suffix is that of no image format.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plot_sources(sources)
+    figure = draw()
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
     finally:
         plt.close(figure)
-
-    num_runs = sum(source.steps_per_epoch is None for source in sources)
-    counts = [(len(sources) - num_runs, "recipe"), (num_runs, "run")]
-    words = [f"{count} {kind}{'s' if count > 1 else ''}" for count, kind in counts if count]
-    console.info(f"{out}: lr of {' and '.join(words)}")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrd import recipe as recipes
-from lrd.errors import UserError, first_line
+from lrd.errors import UserError, did_you_mean, first_line
 from lrd.optim.dropout import LRDropout
 from lrd.optim.magma import Magma
 from lrd.parts.argument_types import check_argument_types
@@ -152,7 +151,7 @@ def _find_optimizer(name: str) -> Callable[..., Any]:
         stock: type[Any] = getattr(torch.optim, name)
         return stock
     if not is_own(name):
-        hint = _did_you_mean(name, NAMES)
+        hint = did_you_mean(name, NAMES)
         raise UserError(
             f"optimizer.name: is {name!r}, may be {', '.join(NAMES)}, or module:class{hint}"
         )
@@ -196,13 +195,6 @@ def _fits_float32(value: Any) -> bool:
     if not isinstance(value, int | float):
         return True
     return abs(value) <= FLOAT32_MAX or abs(value) == math.inf
-
-
-def _did_you_mean(name: str, known_names: Sequence[str]) -> str:
-    """The known name that is closest to a wrong one, as the end of a message; else nothing."""
-    by_lower_case = {known.lower(): known for known in known_names}
-    matches = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
 
 
 # Learning rate dropout

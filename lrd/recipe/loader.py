@@ -7,12 +7,11 @@ which names the key.
 from __future__ import annotations
 
 import copy
-import difflib
 import errno
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lrd.errors import UserError, first_line
+from lrd.errors import UserError, did_you_mean, first_line
 from lrd.recipe.schema import (
     INNER_SCHEDULES,
     SCHEDULES,
@@ -366,15 +365,3 @@ def _explain_unknown_scheduler(key: str, value: Any, is_inner: bool) -> str:
     hint = did_you_mean(str(name), known, cutoff=0.5)
     names = ", ".join(known)
     return f"{key}.name: is {show_value(name)}, may be {names}, or an own one as module:class{hint}"
-
-
-def did_you_mean(word: str, known: Iterable[str], cutoff: float) -> str:
-    """A hint at the known word that is most like this one; empty if none is.
-
-    Args:
-        cutoff: likeness from 0 to 1 that a hint needs.
-    """
-    # Upper and lower case count for nothing: `sgd` means `SGD`.
-    by_lower_case = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1, cutoff=cutoff)
-    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""

@@ -6,7 +6,6 @@ Nothing is imported from a URL, and no name that stands in a checkpoint is impor
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lrd
-from lrd.errors import UserError, describe_error, first_line
+from lrd.errors import UserError, describe_error, did_you_mean, first_line
 from lrd.recipe.schema import Recipe, SequentialLR, is_own
 
 _PATTERN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -58,7 +57,7 @@ def import_named(name: str, key: str) -> Any:
 
     for part in attribute.split("."):
         if not hasattr(found, part):
-            hint = _did_you_mean(part, [item for item in dir(found) if not item.startswith("_")])
+            hint = did_you_mean(part, [item for item in dir(found) if not item.startswith("_")])
             file = getattr(sys.modules[module_name], "__file__", None)
             where = "" if file is None or _is_below(Path(file), Path.cwd()) else f" ({file})"
             raise UserError(f"{key}: {name}: {module_name}{where} has no {attribute}{hint}")
@@ -132,7 +131,7 @@ def refuse_unknown(name: str, section: str, arguments: Iterable[str], known: lis
     """
     has = f"it has {', '.join(known)}" if known else "it has none"
     lines = [
-        f"{section}.{key}: {name} has no such argument{_did_you_mean(key, known)}; {has}"
+        f"{section}.{key}: {name} has no such argument{did_you_mean(key, known)}; {has}"
         for key in arguments
         if key not in known
     ]
@@ -275,8 +274,3 @@ def last_line_in_file(error: BaseException) -> str:
             where = f" ({Path(file).name}, line {traceback.tb_lineno})"
         traceback = traceback.tb_next
     return where
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -17,8 +17,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from lrd.errors import UserError
-from lrd.recipe.loader import did_you_mean, read_yaml, show_value
+from lrd.errors import UserError, did_you_mean
+from lrd.recipe.loader import read_yaml, show_value
 from lrd.recipe.schema import Float
 
 _MAX_SEEDS = 10_000

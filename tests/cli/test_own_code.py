@@ -83,6 +83,20 @@ def test_a_network_that_ends_the_process_is_no_success(recipe):
 
 
 @pytest.mark.parametrize(
+    ("fault", "error"), [("raise", "ValueError: no such batch"), ("exit", "SystemExit: 0")]
+)
+def test_a_fault_in_a_step_is_one_line_and_its_traceback_is_in_the_log(
+    recipe, tmp_path, fault, error
+):
+    result = invoke("train", recipe, f"model.fault={fault}")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert f": step 1: {error} (users_net.py, line " in line
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
+
+
+@pytest.mark.parametrize(
     ("override", "end"),
     [
         (

@@ -66,11 +66,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
 
 
-def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def launch(arguments: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder to its end."""
     return subprocess.run(
         arguments,
-        cwd=ROOT,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
@@ -79,11 +79,11 @@ def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start a command; its errors come with its output."""
+def start(arguments: list[str], folder: Path = ROOT) -> subprocess.Popen[str]:
+    """Start a command in a folder; its errors come with its output."""
     return subprocess.Popen(
         arguments,
-        cwd=ROOT,
+        cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

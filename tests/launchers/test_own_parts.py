@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from lrd.checkpoint import store
 from tests.helpers import own_parts
 from tests.helpers.equality import SPEED_TAG, assert_same_final_state
 from tests.helpers.launching import (
-    TIMEOUT,
     command,
-    environment,
     final_state,
+    launch,
     signal_all,
+    start,
     wait_for,
 )
 from tests.helpers.tensorboard_events import read_scalars
@@ -50,41 +49,22 @@ def train_command(run_dir: Path) -> list[str]:
     return command(2, ["-m", "lrd.train", "recipe.yaml", f"run_dir={run_dir}"])
 
 
-def run_in(project: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments,
-        cwd=project,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-
-
 def test_a_killed_run_with_parts_of_the_user_ends_like_one_that_was_not(
     project: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
-    done = run_in(project, train_command(whole))
+    done = launch(train_command(whole), project)
     assert done.returncode == 0, done.stdout + done.stderr
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        train_command(killed),
-        cwd=project,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start(train_command(killed), project)
     wait_for(lambda: 20 in store.list_steps(killed), process)
     signal_all(process, signal.SIGKILL)
     process.communicate(timeout=60)
     step = max(store.list_steps(killed))
     assert 20 <= step < NUM_STEPS
 
-    done = run_in(project, train_command(killed))
+    done = launch(train_command(killed), project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on after step {step}" in done.stdout
     assert_same_final_state(killed, whole)
@@ -110,8 +90,8 @@ def test_ranks_with_another_source_of_a_part_refuse_to_start(project: Path, tmp_
     with (other / "my_parts" / "optim.py").open("a") as file:
         file.write("\n# another host's file\n")
 
-    start = tmp_path / "start.py"
-    start.write_text(
+    script = tmp_path / "start.py"
+    script.write_text(
         "import os, sys\n"
         f"folder = {str(other)!r} if os.environ['RANK'] == '1' else {str(project)!r}\n"
         "sys.path.insert(0, folder)\n"
@@ -120,7 +100,7 @@ def test_ranks_with_another_source_of_a_part_refuse_to_start(project: Path, tmp_
     )
     run_dir = tmp_path / "run"
     recipe = str(project / "recipe.yaml")
-    done = run_in(tmp_path, command(2, [str(start), recipe, f"run_dir={run_dir}"]))
+    done = launch(command(2, [str(script), recipe, f"run_dir={run_dir}"]), tmp_path)
 
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "optimizer.name" in line]
@@ -141,7 +121,7 @@ def test_a_network_that_differs_by_rank_is_refused_before_ddp_meets_it(
             "    return SmallNet(num_classes, channels=4 + int(os.environ['RANK']))\n"
         )
     recipe = ["-m", "lrd.train", "recipe.yaml", "model={arch: 'my_parts.nets:by_rank'}"]
-    done = run_in(project, command(2, [*recipe, f"run_dir={tmp_path / 'run'}"]))
+    done = launch(command(2, [*recipe, f"run_dir={tmp_path / 'run'}"]), project)
 
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("lrd: ")]
@@ -155,11 +135,11 @@ def test_a_network_that_differs_by_rank_is_refused_before_ddp_meets_it(
 def test_the_command_lrd_finds_parts_in_the_folder_where_it_is_started(project: Path) -> None:
     script = Path(sys.executable).with_name("lrd")
     assert os.access(script, os.X_OK)
-    done = run_in(project, [str(script), "check", "recipe.yaml"])
+    done = launch([str(script), "check", "recipe.yaml"], project)
     assert done.returncode == 0, done.stdout + done.stderr
 
     (project / "my_parts" / "optim.py").unlink()
-    done = run_in(project, [str(script), "train", "recipe.yaml", "run_dir=other"])
+    done = launch([str(script), "train", "recipe.yaml", "run_dir=other"], project)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "optimizer.name: my_parts.optim:Lion: there is no module" in done.stderr
