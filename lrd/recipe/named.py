@@ -57,7 +57,8 @@ def import_named(name: str, key: str) -> Any:
 
     for part in attribute.split("."):
         if not hasattr(found, part):
-            hint = did_you_mean(part, [item for item in dir(found) if not item.startswith("_")])
+            names = [item for item in dir(found) if not item.startswith("_")]
+            hint = did_you_mean(part, names, cutoff=0.6)
             file = getattr(sys.modules[module_name], "__file__", None)
             where = "" if file is None or _is_below(Path(file), Path.cwd()) else f" ({file})"
             raise UserError(f"{key}: {name}: {module_name}{where} has no {attribute}{hint}")
