@@ -8,6 +8,7 @@
 | `progress` | what is shown meanwhile |
 | `cost` | what the runs that are left will take |
 | `results` | what a run recorded |
+| `published` | results of somebody else, shown beside |
 | `statistics` | means, intervals and paired differences |
 | `report` | the results of a study as a table, Markdown and JSON |
 | `pictures` | the curves of a study |

@@ -22,6 +22,7 @@ from lrd.parts.losses import build_loss
 from lrd.parts.models import build_model
 from lrd.parts.optimizers import build_optimizer
 from lrd.parts.schedules import total_steps
+from lrd.study.published import Published, read_published
 from lrd.study.schema import Arm, StudyFile, read_study_file, slugify
 
 # Settings that affect no result of a step, but which results a run has.
@@ -69,12 +70,14 @@ class Study:
         base: path of the recipe.
         folder: the folder that has the run directories.
         runs: seed by seed, so that a part of a study has all arms.
+        published: results of somebody else, to be shown beside.
     """
 
     file: StudyFile
     base: Path
     folder: Path
     runs: list[GridRun]
+    published: list[Published]
 
     def runs_of(self, arm: str) -> list[GridRun]:
         """The runs of an arm, in the order of their seeds."""
@@ -125,6 +128,7 @@ def load_study(path: Path, runs_dir: Path, overrides: list[str], is_report: bool
     if not base.is_file():
         raise UserError(f"{path}: base: is {file.base!r}, but there is no such recipe: {base}")
     recipes.load(base)
+    published = read_published(path, file.published)
 
     for override in overrides:
         _require_same_for_all_arms(file, override)
@@ -150,7 +154,7 @@ def load_study(path: Path, runs_dir: Path, overrides: list[str], is_report: bool
 
     # Seed by seed; `sort` keeps the arms of a seed in their order.
     runs.sort(key=lambda run: _place_of_seed(file, run))
-    return Study(file, base, folder, runs)
+    return Study(file, base, folder, runs, published)
 
 
 def _place_of_seed(file: StudyFile, run: GridRun) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrd.errors import UserError
 from lrd.study.grid import Study
+from lrd.study.published import Published
 from lrd.study.results import ArmResult, Curve, RunResult, mean_curve
 
 if TYPE_CHECKING:
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = ("-", (0, (6, 2)), (0, (2, 1.5)))
+_PUBLISHED_STYLE: dict[str, Any] = {"color": "grey", "linewidth": 1, "zorder": 1}
 _WIDTH = 13.0  # inches
 _LETTERS_PER_INCH = 11  # of the legend's font
 _LETTERS_OF_HANDLE = 8  # as wide as the line beside a label, and the space between labels
 
-_PANELS: tuple[tuple[str, Callable[[RunResult], Curve]], ...] = (
+_PANELS: tuple[tuple[str, Callable[[RunResult | Published], Curve]], ...] = (
     ("test accuracy", lambda result: result.test_accuracy),
     ("training accuracy", lambda result: result.train_accuracy),
 )
@@ -61,6 +63,12 @@ def plot_arms(study: Study, arms: list[ArmResult]) -> Figure:
     has_spread = any(len(arm.finished) > 1 for arm in arms)
     for panel, (title, curve_of) in zip(axes, _PANELS, strict=True):
         means = [_draw_arm(panel, arm, curve_of, styles[arm.name]) for arm in arms]
+        for published in study.published:
+            curve = curve_of(published)
+            label = f"{published.name} (published)"
+            panel.plot(list(curve), list(curve.values()), label=label, **_PUBLISHED_STYLE)
+            means.append(list(curve.values()))
+
         panel.set(title=f"{title}, mean ± sd" if has_spread else title, xlabel="epoch")
         panel.grid(alpha=0.3)
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -109,7 +117,10 @@ def _choose_styles(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _draw_arm(
-    axes: Axes, arm: ArmResult, curve_of: Callable[[RunResult], Curve], style: dict[str, Any]
+    axes: Axes,
+    arm: ArmResult,
+    curve_of: Callable[[RunResult | Published], Curve],
+    style: dict[str, Any],
 ) -> list[float]:
     """Draw the mean over the seeds that are finished; runs that diverged end in a cross.
 

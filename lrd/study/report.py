@@ -92,6 +92,7 @@ def as_json(study: Study, arms: list[ArmResult], origin: Origin) -> dict[str, An
         "set": study.file.settings,
         "baseline": study.file.baseline,
         "accuracy_goal": study.file.accuracy_goal,
+        "published": {published.name: published.source for published in study.published},
         "num_runs": len(runs),
         "num_done": sum(result.state.is_done for result in runs),
         "seconds": sum(result.seconds for result in runs),
@@ -272,6 +273,7 @@ def make_notes(study: Study, arms: list[ArmResult]) -> list[str]:
                 f"* {arm.name}: {len(arm.diverged)} of {len(arm.runs)} seeds diverged; its "
                 f"figures are of the others. {', '.join(causes)}"
             )
+    notes += [published.describe() for published in study.published]
     return notes
 
 

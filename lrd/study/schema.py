@@ -92,6 +92,7 @@ class StudyFile(BaseModel):
         baseline: the arm that the others are compared with, unless they name one of their own;
             None: there is no other comparison.
         accuracy_goal: the report counts the epochs until the test accuracy reaches it.
+        published: name -> JSON file with results of somebody else, relative to the study file.
         arms: by name.
     """
 
@@ -103,6 +104,7 @@ class StudyFile(BaseModel):
     seeds: Seeds = Field(default_factory=lambda: [0, 1, 2])
     baseline: ArmName | None = None
     accuracy_goal: Annotated[Float, Field(gt=0.0, le=1.0)] | None = None
+    published: dict[str, str] = {}
     arms: dict[str, Arm] = Field(min_length=1)
 
     @field_validator("arms", mode="before")

@@ -72,6 +72,10 @@ ARM = "arms: {A: {set: {%s}}}\nbase: base.yaml"
         (STUDY.replace("seeds: 2", "seeds: [-1]"), "seeds: is [-1], should be a number"),
         (STUDY.replace("seeds: 2", "seeds: true"), "seeds: is True, should be a number"),
         (STUDY.replace("0.8", "80"), "accuracy_goal: is 80, should be less than or equal to 1"),
+        ("published: {A: a.json}\n" + ARM % "", "published.A: "),
+        ("published: {A: a.json}\n" + ARM % "", "a.json: cannot be read: No such file"),
+        ("published: {A: base.yaml}\n" + ARM % "", "base.yaml: is not JSON"),
+        ("published: [a.json]\n" + ARM % "", "published: is ['a.json'], should be keys"),
         (ARM % "seed: 3", "must not have the key seed: the key seeds chooses the seeds"),
         (ARM % "optimizer.lr: fast", "arms.A: optimizer.lr=fast: optimizer.lr: is 'fast'"),
         (ARM % "optimiser.lr: 0.1", "unknown key"),
@@ -187,7 +191,8 @@ def test_files_of_the_report_that_cannot_be_written_are_one_line(tmp_path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_the_repository_are_right(path, tmp_path):
     # There is no folder of images here.
-    is_folder = "imagefolder" in read_study_file(path).base
+    base = read_study_file(path).base
+    is_folder = "imagefolder" in base or "few_images" in base
     study = load_study(path, tmp_path, ["data.dataset=synthetic"] if is_folder else [])
     check_arms(study, path)
     assert f"lrd study recipes/studies/{path.name}" in path.read_text()

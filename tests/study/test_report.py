@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lrd import recipe as recipes
 from lrd.cli.app import app
 from lrd.study.grid import load_study, read_states
+from lrd.study.pictures import plot_arms
 from lrd.study.results import read_results
 from tests.helpers.recorded_study import STUDY, load, record, write_study
 
@@ -208,3 +209,23 @@ def test_the_recipes_are_those_that_the_command_line_makes(tmp_path):
     recipe = recipes.load(tmp_path / "base.yaml", ["lr_dropout.keep_prob=0.5", "seed=1"])
     assert run.recipe.result_settings() == recipe.result_settings()
     assert run.overrides == ["lr_dropout.keep_prob=0.5", "seed=1"]
+
+
+def test_results_of_somebody_else_are_shown_beside(tmp_path):
+    values = {"source": "a paper", "test_accuracy": [0.5, 0.91, 0.9], "train_accuracy": [0.6] * 3}
+    (tmp_path / "theirs.json").write_text(json.dumps(values))
+    study = f"published: {{Theirs: theirs.json}}\n{STUDY}"
+    for run in load(tmp_path, study).runs:
+        record(run, [0.3, 0.8, 0.7])
+
+    expected = (
+        "Theirs: 90.00 after the last of 3 epochs, best 91.00 (n = 1). Not run here: a paper."
+    )
+    assert expected in report(tmp_path, study)
+    assert expected in (tmp_path / "runs" / "small" / "study.md").read_text()
+    assert read_json(tmp_path)["published"] == {"Theirs": "a paper"}
+
+    loaded = load(tmp_path, study)
+    figure = plot_arms(loaded, read_results(loaded, read_states(loaded, is_report=True)))
+    curves = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    assert curves["Theirs (published)"] == values["test_accuracy"]
