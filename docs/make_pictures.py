@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-WIDTH = 940
+WIDTH = 1010
 FLOOR_HEIGHT = 74
 GAP = 12
 LEFT = 118  # space for the names of the floors
@@ -56,7 +56,7 @@ FLOORS = [
         [
             Room("distributed/", "ranks meet, agree, stop", 1.25),
             Room("parts/", "networks, optimizers", 1.1),
-            Room("data/", "batches by position", 1.1),
+            Room("data/", "images, batches by position", 1.3),
             Room("tracking/", "TensorBoard", 0.8),
         ],
     ),
@@ -73,11 +73,12 @@ FLOORS = [
         "1 ground",
         "#eceff1",
         [
-            Room("philox.py", "random bits", 1),
-            Room("console.py", "output", 0.9),
+            Room("philox.py", "random bits", 0.95),
+            Room("console.py", "output", 0.95),
             Room("errors.py", "exit statuses", 0.9),
             Room("memory.py", "what there is", 0.9),
-            Room("torchvision_compat.py", "torchvision beside any torch", 1.7),
+            Room("cores.py", "how many", 0.8),
+            Room("torchvision_compat.py", "torchvision beside any torch", 1.95),
         ],
     ),
 ]

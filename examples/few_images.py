@@ -17,7 +17,7 @@ Part = tuple[NDArray[np.uint8], list[int]]
 
 
 def few_images(
-    root: str, image_size: int = 16, per_class: int = 500, test_per_class: int = 200
+    root: str, image_size: int = 16, per_class: int = 250, test_per_class: int = 200
 ) -> tuple[Part, Part, list[str]]:
     """Read the first images of each class, by name, from `root/train/<class>` and `root/test/...`.
 

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from lrd import console
-from lrd.distributed import communication, hardware, network, roll_call
+from lrd.cores import available_cores
+from lrd.distributed import communication, network, roll_call
 from lrd.distributed.accelerator import check_launch_variables, exit_process, start_rank
 from lrd.errors import EXIT_OK, RunError, UserError, describe_os_error
 from lrd.recipe import Trainer
@@ -143,7 +144,7 @@ def _collect_facts(
         backend=backend,
         interface=os.environ.get(variable, default_interface),
         threads=torch.get_num_threads(),
-        cores=max(1, int(hardware.available_cores())),
+        cores=max(1, int(available_cores())),
         load=os.getloadavg()[0],
         has_unused_gpu=device.type == "cpu" and torch.cuda.is_available(),
         free_disk=shutil.disk_usage(existing_folder).free,

@@ -35,6 +35,13 @@ class RunError(UserError):
     status = EXIT_RUN_ERROR
 
 
+class RankError(UserError):
+    """An error that this rank alone has, in the middle of a run: its worker process was killed.
+
+    The others only see that this rank is gone. Its message is one line, without the rank's name.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or the name of its type if it has no text."""
     text = str(error)

@@ -24,13 +24,24 @@ def available_bytes() -> int:
 
     What a container or `ulimit -v` allows counts as a whole, whatever is in use already.
     """
-    limits = [int(psutil.virtual_memory().available + psutil.swap_memory().free)]
-    limits += [limit for path in _CGROUP_LIMITS if (limit := _read_number(path)) is not None]
+    free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    return min([free, *_limits()])
 
+
+def total_bytes() -> int:
+    """Bytes of memory of this host, or what a container or `ulimit -v` allows of them.
+
+    Unlike `available_bytes` it is the same at each start.
+    """
+    return min([int(psutil.virtual_memory().total), *_limits()])
+
+
+def _limits() -> list[int]:
+    limits = [limit for path in _CGROUP_LIMITS if (limit := _read_number(path)) is not None]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
         limits.append(address_space)
-    return min(limits)
+    return limits
 
 
 def require_memory(num_bytes: int, key: str, what: str) -> None:

@@ -44,6 +44,8 @@ class Domain(IntEnum):
     SYNTHETIC = 3
     VALIDATION = 4
     LAYERS = 5
+    SAMPLE = 6
+    MIXING = 7
 
 
 def words(

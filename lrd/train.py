@@ -25,6 +25,7 @@ from lrd.distributed.signals import StopSignals, end_with_launcher
 from lrd.errors import (
     EXIT_OK,
     EXIT_STOPPED,
+    RankError,
     RunError,
     UserError,
     describe_error,
@@ -70,11 +71,17 @@ def train(job: Job, signals: StopSignals) -> int:
             is_skipped = False
             if exchanges_statistics(job):
                 statistics = communication.gather_step_statistics(
-                    loss, grad_norm, accuracy, signals.received, has_checkpoint_error(job)
+                    loss,
+                    grad_norm,
+                    accuracy,
+                    signals.received,
+                    has_checkpoint_error(job),
+                    job.batches.num_replaced,
                 )
                 stop_signal = statistics.stop_signal
                 progress.loss = statistics.mean_loss
                 progress.accuracy = statistics.mean_accuracy
+                job.replaced_images = job.replaced_before + statistics.num_replaced
                 is_skipped = not guard.may_step(statistics)
                 if statistics.has_checkpoint_error:
                     handle_checkpoint_error(job)
@@ -126,10 +133,23 @@ def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
             scaled_loss = job.loss_function(logits, labels) / accumulation_steps
             job.accelerator.backward(scaled_loss)
         loss += scaled_loss.detach()
-        is_correct = logits.detach().argmax(1) == labels  # bool (micro_batch,)
-        accuracy += is_correct.float().mean() / accumulation_steps
+        accuracy += measure_accuracy(logits.detach(), labels) / accumulation_steps
 
     return loss, accuracy
+
+
+def measure_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The part of a batch in which the largest logit is that of the label, float32 ().
+
+    Args:
+        logits: float (micro_batch, classes).
+        labels: int64 (micro_batch,); or of mixed images the probabilities of the classes, float32
+            (micro_batch, classes), of which the largest counts.
+    """
+    if labels.is_floating_point():
+        labels = labels.argmax(1)  # int64 (micro_batch,)
+    is_correct = logits.argmax(1) == labels  # bool (micro_batch,)
+    return is_correct.float().mean()
 
 
 def clip_gradients(job: Job) -> Tensor:
@@ -343,24 +363,27 @@ def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemEx
         Exception: the error is a fault of lrd; it is raised again.
     """
     is_reporter = communication.should_report_errors()
+    is_of_this_rank = False  # the others only see that this rank is gone
     status = UserError.status
-    if isinstance(error, UserError):
+    if isinstance(error, RankError):
+        message = f"{describe_place(job)}: {error}"
+        status = RunError.status
+        is_of_this_rank = True
+    elif isinstance(error, UserError):
         message = str(error)
         status = error.status
     elif isinstance(error, OSError):
-        # Unlike most errors of a user it is this rank's alone.
         message = describe_os_error(error)
         if job is not None and job.accelerator.num_processes > 1:
             message = f"{communication.describe_rank()}: {message}"
-        is_reporter = True
+        is_of_this_rank = True
     elif is_out_of_memory(error):
-        step = "before the first step" if job is None else f"step {job.step + 1}"
         message = (
-            f"{communication.describe_rank()}: {step}: out of memory ({first_line(error)}); "
+            f"{describe_place(job)}: out of memory ({first_line(error)}); "
             "a smaller data.batch_size, or more trainer.accumulation_steps, needs less"
         )
         status = RunError.status
-        is_reporter = True
+        is_of_this_rank = True
     elif isinstance(error, RuntimeError) and roll_call.is_lost_rank(error):
         result = calls.call()
         missing = result.text or "a rank is lost, another one reports which"
@@ -370,13 +393,15 @@ def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemEx
     elif where := named.last_line_in_file(error):
         # Each rank reports it: what the user's code does may depend on the rank.
         console.log("".join(traceback.format_exception(error)))
-        step = "before the first step" if job is None else f"step {job.step + 1}"
-        message = f"{communication.describe_rank()}: {step}: {describe_error(error)}{where}"
+        message = f"{describe_place(job)}: {describe_error(error)}{where}"
         status = RunError.status
-        is_reporter = True
+        is_of_this_rank = True
     else:
         raise error
 
+    if is_of_this_rank:
+        calls.announce_end(message)
+        is_reporter = True
     if job is not None:
         job.write_status("failed", message=message)
         for line in [] if job.writer is None else job.writer.take_errors():
@@ -386,6 +411,16 @@ def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemEx
     else:
         console.log(f"error: {message}")
     return status
+
+
+def describe_place(job: Job | None) -> str:
+    """This rank, and what it is doing, for messages."""
+    rank = communication.describe_rank()
+    if job is None:
+        return f"{rank}: before the first step"
+    if job.is_evaluation_due:
+        return f"{rank}: evaluation after step {job.step}"
+    return f"{rank}: step {job.step + 1}"
 
 
 def describe_lost_rank(job: Job | None, error: RuntimeError, missing: str) -> str:

@@ -67,6 +67,7 @@ def describe_network(
         "label2id": {name: label for label, name in enumerate(names)},
         "num_channels": 3,
         "image_size": height if height == width else [height, width],
+        "resize": recipe.data.evaluation_resize(height),
         "image_mean": mean.flatten().tolist(),
         "image_std": std.flatten().tolist(),
         "lrd": {
@@ -129,12 +130,23 @@ def preprocessor_config(config: dict[str, Any]) -> dict[str, Any]:
     Mean and standard deviation are in units of the pixels' values, so there is no rescaling.
     """
     size = config["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    if isinstance(size, int):
+        resizing = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": config.get("resize") or size},
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+        }
+    else:
+        height, width = size
+        resizing = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": height, "width": width},
+        }
     return {
-        "image_processor_type": "ViTImageProcessor",
+        **resizing,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": _BILINEAR,
         "do_rescale": False,
         "rescale_factor": 1.0,

@@ -71,6 +71,7 @@ class TrainState:
         model: state_dict of the unwrapped model; on the CPU when it is saved or was read.
         optimizer: {"optimizer": state_dict, "schedule": state_dict}.
         trainer: JSON values: `step`, `epoch`, `samples`, `skipped` (number of skipped steps),
+            `replaced` (how often another image was taken in place of an unreadable one),
             `evaluated` (step of the latest evaluation), `best` ({"step", "accuracy", "loss"} or
             None), `latest` (metrics of the latest evaluation), `identity` (the settings that affect
             the results), `world_size`.

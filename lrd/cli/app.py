@@ -342,6 +342,55 @@ def predict(
     )
 
 
+data_app = typer.Typer(no_args_is_help=True)
+app.add_typer(data_app, name="data", help="Pack a folder of images, so that training reads faster.")
+
+
+@data_app.command()
+def pack(
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="images in DIR/train/<class>/ and DIR/test/<class>/"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="the folder that gets the pack, in .lrd-pack; default: DIR"),
+    ] = None,
+    size: Annotated[
+        int,
+        typer.Option(
+            "--size",
+            min=2,
+            max=65_535,
+            help="pixels of the shorter side; smaller images stay as they are",
+        ),
+    ] = 256,
+    skip_corrupt: Annotated[
+        bool,
+        typer.Option("--skip-corrupt", help="name files that cannot be decoded, and go on"),
+    ] = False,
+) -> None:
+    """Decode and resize all images once, into files that are read without decoding.
+
+    data.storage=packed then trains from them. The same command goes on where it was stopped.
+    """
+    from lrd.data.streaming.packing import pack_folder
+
+    _run_or_exit(lambda: pack_folder(root, out or root, size, skip_corrupt))
+
+
+@data_app.command()
+def verify(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="the folder that contains the pack")],
+) -> None:
+    """Read a whole pack and compare it with its hashes. Exit status 1 if a file is damaged."""
+    from lrd.cli.data import verify as verify_and_report
+
+    all_valid = _run_or_exit(lambda: verify_and_report(root))
+    if not all_valid:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(
     run_dir: Annotated[

@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def _try_out(recipe_path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         dataset = datasets.load_dataset(recipe.data, recipe.seed)
         job = setup.build_job(recipe, accelerator, dataset, calls)
-        setup.wrap_model(job)
-        losses, step_seconds = run_steps(job)
+        with closing(job):
+            setup.wrap_model(job)
+            losses, step_seconds = run_steps(job)
         eval_seconds = run_evaluation_batch(job)
     except UserError:
         raise
@@ -117,7 +118,7 @@ def run_evaluation_batch(job: Job) -> float:
     Returns:
         The time that the whole test set would take, in seconds.
     """
-    inputs, _ = job.load_micro_batch(step=0, micro_step=0)  # float32 (micro_batch, 3, H, W)
+    inputs = job.make_inputs(job.batches.micro_batch_size)  # float32 (micro_batch, 3, H, W)
 
     job.raw_model.eval()
     start = time.perf_counter()
@@ -154,7 +155,6 @@ def _describe(
     job: Job, losses: list[float], step_seconds: float, eval_seconds: float
 ) -> list[tuple[str, str]]:
     recipe = job.recipe
-    inputs, _ = job.load_micro_batch(step=0, micro_step=0)
     num_parameters = sum(parameter.numel() for parameter in job.raw_model.parameters())
     steps_per_epoch = job.batches.steps_per_epoch
     epoch_seconds = steps_per_epoch * step_seconds + eval_seconds / recipe.trainer.eval_every
@@ -167,7 +167,8 @@ def _describe(
         if isinstance(tensor, torch.Tensor)
     )
     model_bytes = sum(tensor.nbytes for tensor in job.raw_model.state_dict().values())
-    shape = "x".join(str(size) for size in inputs.shape)
+    input_shape = (job.batches.micro_batch_size, *job.batches.image_shape)
+    shape = "x".join(str(size) for size in input_shape)
     images_per_second = job.batches.batch_size / step_seconds
     return [
         ("data", f"{recipe.data.dataset}, {len(job.dataset.train):,} training images"),

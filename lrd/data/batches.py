@@ -1,7 +1,4 @@
-"""Training batches as functions of a position.
-
-The order of an epoch is a function of (seed, epoch), and the augmentation of a sample is a function
-of (seed, epoch, sample's index). Both are the same on any number of ranks.
+"""Training batches of images in memory, as functions of a position.
 
 Tensor operations on the training device gather, augment and normalize a batch. torchvision's
 transforms are of no use here: they would draw one crop for a whole batch, and they draw it from a
@@ -12,24 +9,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lrd import philox
 from lrd import recipe as recipes
 from lrd.data.images import Images
-from lrd.errors import UserError
+from lrd.data.mixing import Mixing
+from lrd.data.positions import BatchOrder, draw_shifts
 from lrd.memory import require_memory
-from lrd.philox import Domain
 
 
-class Batches:
-    """The training batches of one rank, each a function of the step and the micro step.
-
-    An epoch is `steps_per_epoch` full batches; its last, incomplete batch is dropped. The global
-    batch of a step is cut into `accumulation_steps * world_size` contiguous parts of equal size:
-    the first micro step of each rank, then the second of each rank, and so on.
+class Batches(BatchOrder):
+    """The training batches of one rank, from images in memory; see `BatchOrder` for their order.
 
     Below, N is the number of training images and B is `micro_batch_size`.
 
@@ -40,18 +31,16 @@ class Batches:
         rank: the rank whose part of each batch this is.
         world_size: the number of ranks.
         accumulation_steps: micro steps in a step.
+        mixing: mixes each sample with the one before it; None: they stay as they are.
 
     Attributes:
         images: the training images.
-        batch_size: samples in the global batch of one step.
-        micro_batch_size: samples in one micro step on one rank.
-        steps_per_epoch: steps in one epoch.
         padding: pixels of zero padding on each side of an image, before it is cropped.
         mean: mean of each channel over the training set, float32 (3, 1, 1).
         std: standard deviation of each channel over the training set, float32 (3, 1, 1).
-        order: function of the epoch: the order of its samples, int64 (N,), on the host.
+        image_shape: of an input, (3, H, W).
         shifts: function of the epoch: crop and flip of each sample, int64 (N, 3), on the host; see
-            `_draw_shifts`.
+            `draw_shifts`.
 
     Raises:
         UserError: the batch cannot be split evenly, or it is larger than the training set.
@@ -65,65 +54,59 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         accumulation_steps: int = 1,
+        mixing: Mixing | None = None,
     ) -> None:
-        _check_batch_size(section.batch_size, len(images), world_size, accumulation_steps)
-
+        super().__init__(
+            len(images), section.batch_size, seed, rank, world_size, accumulation_steps
+        )
         self.images = images
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.batch_size = section.batch_size
-        self.micro_batch_size = section.batch_size // (world_size * accumulation_steps)
-        self.steps_per_epoch = len(images) // section.batch_size
-        self.mean, self.std = _channel_statistics(images.pixels)
+        self.mixing = mixing
+        self.mean, self.std = normalization(section, images.pixels)
+        self.image_shape = tuple(images.pixels.shape[1:])
 
         height, width = images.pixels.shape[2:]
-        self.crop = section.augment in ("crop", "crop_flip")
-        self.flip = section.augment == "crop_flip"
-        self.padding = 0
-        if self.crop:
-            self.padding = width // 8 if section.padding is None else section.padding
+        self.crop, self.flip, self.padding = crop_settings(section, width)
         self._padded_height = height + 2 * self.padding  # pixels
         self._padded_width = width + 2 * self.padding  # pixels
+        num_loaded = self.micro_batch_size + (mixing is not None)
         require_memory(
-            num_bytes=3 * self.micro_batch_size * self._padded_height * self._padded_width,
+            num_bytes=3 * num_loaded * self._padded_height * self._padded_width,
             key=f"data.padding: is {self.padding}",
-            what=f"{self.micro_batch_size:,} padded images",
+            what=f"{num_loaded:,} padded images",
         )
-        self._row_offsets = self._crop_row_offsets().to(images.pixels.device)  # int64 (B, 3 * H)
+        row_offsets = self._crop_row_offsets(num_loaded)  # int64 (images, 3 * H)
+        self._row_offsets = row_offsets.to(images.pixels.device)
 
         # The caches hold two epochs, so that an epoch is still there while the next one begins.
-        self.order = lru_cache(maxsize=2)(self._draw_order)
         self.shifts = lru_cache(maxsize=2)(self._draw_shifts)
         self._epoch_on_device = lru_cache(maxsize=2)(self._move_epoch_to_device)
-
-    def indices(self, step: int, micro_step: int = 0) -> Tensor:
-        """Indices of the samples that this rank has in a micro step.
-
-        Returns:
-            int64 (B,), on the host.
-        """
-        epoch, positions = self._locate(step, micro_step)
-        return self.order(epoch)[positions]
 
     def micro_batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
         """Make the batch that this rank has in a micro step.
 
         Returns:
-            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), both on the
-            training device.
+            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), or what
+            `Mixing` makes of them; both on the training device.
         """
-        epoch, positions = self._locate(step, micro_step)
+        epoch, positions = self.locate(step, micro_step)
         order, crop_corners = self._epoch_on_device(epoch)  # int64 (N,), int64 (N,)
         samples = order[positions]  # int64 (B,)
+        corners = crop_corners[positions]  # int64 (B,)
+        if self.mixing is not None:
+            before = slice(self.position_before(positions), self.position_before(positions) + 1)
+            samples = torch.cat([order[before], samples])  # int64 (B + 1,)
+            corners = torch.cat([crop_corners[before], corners])  # int64 (B + 1,)
 
         # index_select copies image by image, where `pixels[samples]` copies byte by byte.
         pixels = self.images.pixels.index_select(0, samples)  # uint8 (B, 3, H, W)
         labels = self.images.labels.index_select(0, samples)  # int64 (B,)
         if self.crop:
-            pixels = self._crop_and_flip(pixels, crop_corners[positions])
+            pixels = self._crop_and_flip(pixels, corners)
 
-        return self.normalize(pixels), labels
+        inputs = self.normalize(pixels)
+        if self.mixing is not None:
+            return self.mixing.mix(inputs, labels, step)
+        return inputs, labels
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Scale each channel to mean 0 and variance 1 over the training set.
@@ -136,51 +119,11 @@ class Batches:
         """
         return normalize(pixels, self.mean, self.std)
 
-    def _locate(self, step: int, micro_step: int) -> tuple[int, slice]:
-        """Find the epoch, and the positions of this rank's samples in the epoch's order."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        part = micro_step * self.world_size + self.rank
-        start = batch * self.batch_size + part * self.micro_batch_size
-        return epoch, slice(start, start + self.micro_batch_size)
-
-    def _draw_order(self, epoch: int) -> Tensor:
-        """Draw the order of an epoch: the samples sorted by a random 64-bit key of each.
-
-        Returns:
-            int64 (N,), on the host.
-        """
-        count = len(self.images)
-        words = philox.words(
-            self.seed,
-            Domain.ORDER,
-            position=(epoch, 0, 0),
-            first_block=0,
-            n_blocks=-(-count // philox.WORDS_PER_BLOCK),
-        )
-        keys = words[:count]  # uint64 (N,)
-        return torch.from_numpy(np.argsort(keys, kind="stable"))
+    def close(self) -> None:
+        """There is nothing to close: no process reads ahead."""
 
     def _draw_shifts(self, epoch: int) -> Tensor:
-        """Draw the crop and flip of each sample in an epoch: one Philox block for each sample.
-
-        Returns:
-            int64 (N, 3), on the host: the row and the column of the crop's corner in the padded
-            image, each in [0, 2 * padding], and 1 if the crop is mirrored, else 0.
-        """
-        words = philox.words(
-            self.seed,
-            Domain.AUGMENT,
-            position=(epoch, 0, 0),
-            first_block=0,
-            n_blocks=len(self.images),
-        )
-        draws = words.reshape(-1, philox.WORDS_PER_BLOCK) >> 32  # uint64 (N, 4), in [0, 2**32)
-
-        # draw * count >> 32 maps a 32-bit draw to [0, count) without a division.
-        offsets = 2 * self.padding + 1
-        counts = np.array([offsets, offsets, 2 if self.flip else 1], dtype=np.uint64)
-        shifts = draws[:, :3] * counts >> 32  # uint64 (N, 3)
-        return torch.from_numpy(shifts.astype(np.int64))
+        return draw_shifts(self.seed, epoch, 0, self.num_samples, self.padding, self.flip)
 
     def _move_epoch_to_device(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Compute an epoch's order and crop corners and copy them to the training device.
@@ -203,17 +146,17 @@ class Batches:
         device = self.images.pixels.device
         return order.to(device), corners.to(device)
 
-    def _crop_row_offsets(self) -> Tensor:
+    def _crop_row_offsets(self, num_images: int) -> Tensor:
         """Positions of all rows of all crops in the bytes of `_crop_and_flip`, for corners at 0.
 
         Returns:
-            int64 (B, 3 * H).
+            int64 (num_images, 3 * H).
         """
         channel_size = self._padded_height * self._padded_width  # bytes
         sample_size = (1 + self.flip) * 3 * channel_size  # bytes; with a flip there are two images
         height = self._padded_height - 2 * self.padding
 
-        sample_offsets = torch.arange(self.micro_batch_size) * sample_size  # int64 (B,)
+        sample_offsets = torch.arange(num_images) * sample_size  # int64 (num_images,)
         channel_offsets = torch.arange(3) * channel_size  # int64 (3,)
         row_offsets = torch.arange(height) * self._padded_width  # int64 (H,)
         within_sample = channel_offsets[:, None] + row_offsets  # int64 (3, H)
@@ -243,6 +186,37 @@ class Batches:
         return runs.index_select(0, starts.flatten()).view(pixels.shape)
 
 
+def crop_settings(section: recipes.Data, width: int) -> tuple[bool, bool, int]:
+    """Whether images are cropped after padding, whether they are mirrored, and the padding.
+
+    Args:
+        section: the `data` section of the recipe.
+        width: of the images, in pixels.
+    """
+    crop = section.augment in ("crop", "crop_flip")
+    flip = section.augment == "crop_flip"
+    default = width // 8 if section.padding is None else section.padding
+    return crop, flip, default if crop else 0
+
+
+def normalization(section: recipes.Data, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel: the recipe's, or else those of some images.
+
+    Args:
+        section: the `data` section of the recipe.
+        pixels: uint8 (N, 3, H, W).
+
+    Returns:
+        Both float32 (3, 1, 1), in [0, 255], on the device of `pixels`.
+    """
+    mean, std = _channel_statistics(pixels)
+    if section.mean is not None:
+        mean = 255.0 * torch.tensor(section.mean, device=pixels.device)[:, None, None]
+    if section.std is not None:
+        std = 255.0 * torch.tensor(section.std, device=pixels.device)[:, None, None]
+    return mean, std
+
+
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Subtract the mean of each channel and divide by its standard deviation.
 
@@ -256,31 +230,6 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """
     # In place: one allocation of a batch's size instead of three.
     return pixels.float().sub_(mean).div_(std)
-
-
-def _check_batch_size(
-    batch_size: int, num_images: int, world_size: int, accumulation_steps: int
-) -> None:
-    """Check that a global batch can be split evenly and is no larger than the training set.
-
-    Raises:
-        UserError: it cannot, or it is larger.
-    """
-    num_parts = world_size * accumulation_steps
-    if batch_size % num_parts:
-        smaller = batch_size // num_parts * num_parts
-        larger = smaller + num_parts
-        alternatives = f"{smaller} or {larger}" if smaller else f"{larger}"
-        raise UserError(
-            f"data.batch_size: is {batch_size}, which cannot be split evenly over "
-            f"{world_size} rank(s) x {accumulation_steps} accumulation step(s); "
-            f"may be {alternatives}"
-        )
-
-    if batch_size > num_images:
-        raise UserError(
-            f"data.batch_size: is {batch_size}, but there are only {num_images} training images"
-        )
 
 
 def _channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from lrd import philox
 from lrd import recipe as recipes
 from lrd.data.folder_lock import one_process_at_a_time
-from lrd.data.image_folder import list_folder, read_folder
+from lrd.data.image_folder import list_classes, list_folder, read_folder
 from lrd.data.images import Dataset, Images, count_held_out
 from lrd.data.own_data import load_own_data
+from lrd.data.storage import choose_storage
 from lrd.errors import UserError, first_line
 from lrd.memory import require_memory
 from lrd.philox import Domain
@@ -44,8 +45,9 @@ def load_dataset(section: recipes.Data, seed: int) -> Dataset:
     if section.validation > 0.0:
         dataset = dataset.hold_out(section.validation, seed)
 
-    labels = dataset.train.labels
-    if bool((labels == labels[0]).all()):  # the loss would be zero after a few steps
+    labels = dataset.train.labels if isinstance(dataset.train, Images) else None
+    # The loss would be zero after a few steps.
+    if labels is not None and bool((labels == labels[0]).all()):
         name = dataset.classes[int(labels[0])]
         raise UserError(
             f"data.dataset: all training images of {section.dataset} are of one class, {name!r}; "
@@ -68,8 +70,7 @@ def count_training_images(section: recipes.Data, seed: int) -> int:
     if is_own(section.dataset):
         count = len(load_own_data(section, seed).train)
     elif section.dataset == "imagefolder":
-        files, _ = list_folder(Path(section.root) / "train")
-        count = len(files)
+        count = _count_files(section)
     elif section.dataset == "digits":
         count = 1437
     elif section.dataset == "synthetic":
@@ -82,8 +83,26 @@ def count_training_images(section: recipes.Data, seed: int) -> int:
     return count
 
 
+def _count_files(section: recipes.Data) -> int:
+    root = Path(section.root)
+    if choose_storage(section) == "packed":
+        from lrd.data.streaming.packed import open_pack
+
+        pack = open_pack(root, "train")
+        if pack is not None:
+            return len(pack)
+    files, _ = list_folder(root / "train")
+    return len(files)
+
+
 def _load_all(section: recipes.Data, seed: int) -> Dataset:
-    """Load the training and test images."""
+    """Load the training and test images, or find them where they are to stay on disk."""
+    storage = choose_storage(section)
+    if storage in ("files", "packed"):
+        from lrd.data.streaming.folders import load_folder  # only here: it imports torchvision
+
+        check_folders(Path(section.root), storage)
+        return load_folder(section, seed, storage)
     if section.dataset == "imagefolder":
         return _load_image_folder(section)
 
@@ -96,11 +115,13 @@ def _load_all(section: recipes.Data, seed: int) -> Dataset:
     else:
         dataset = _load_cifar(section)
 
-    if section.image_size is None:
+    train = dataset.train
+    test = dataset.test
+    if section.image_size is None or not isinstance(train, Images) or not isinstance(test, Images):
         return dataset
     return Dataset(
-        train=_resize(dataset.train, section.image_size),
-        test=_resize(dataset.test, section.image_size),
+        train=_resize(train, section.image_size),
+        test=_resize(test, section.image_size),
         classes=dataset.classes,
     )
 
@@ -168,29 +189,36 @@ def _load_cifar(section: recipes.Data) -> Dataset:
 def _load_image_folder(section: recipes.Data) -> Dataset:
     """Load `train/` and `test/` under `section.root`; test images get the training images' size."""
     root = Path(section.root)
-    classes = _check_folders(root)
+    classes = check_folders(root, "memory")
     train_pixels, train_labels, _ = read_folder(
-        root / "train", section.image_size, section.skip_corrupt
+        root / "train", section.image_size, section.skip_corrupt, section.resize
     )
     size = train_pixels.shape[-1]
-    test_pixels, test_labels, _ = read_folder(root / "test", size, section.skip_corrupt)
+    test_pixels, test_labels, _ = read_folder(
+        root / "test", size, section.skip_corrupt, section.resize
+    )
 
     train = Images(train_pixels, train_labels)
     test = Images(test_pixels, test_labels)
     return Dataset(train, test, classes)
 
 
-def _check_folders(root: Path) -> tuple[str, ...]:
+def check_folders(root: Path, storage: str) -> tuple[str, ...]:
     """Check the structure of a folder of images, before images are decoded, which may take hours.
 
     Returns:
-        The names of the classes.
+        The names of the classes; none where only a pack is there.
 
     Raises:
         UserError: a folder or an image is missing, or the classes differ, or there is only one.
     """
-    _, classes = list_folder(root / "train")
+    if storage == "packed" and not (root / "train").exists():
+        return ()
 
+    def find_classes(folder: Path) -> tuple[str, ...]:
+        return list_folder(folder)[1] if storage == "memory" else list_classes(folder)
+
+    classes = find_classes(root / "train")
     if not (root / "test").exists():
         for name in ("val", "valid", "validation"):
             if (root / name).is_dir():
@@ -198,7 +226,7 @@ def _check_folders(root: Path) -> tuple[str, ...]:
                     f"data.root: there is no folder {root}/test, but {root}/{name}; rename it to "
                     f"test, or link it: ln -s {name} {root}/test"
                 )
-    _, test_classes = list_folder(root / "test")
+    test_classes = find_classes(root / "test")
 
     if classes != test_classes:
         unpaired = ", ".join(sorted(set(classes) ^ set(test_classes)))

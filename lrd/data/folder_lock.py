@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lrd import console
+
 
 @contextmanager
-def one_process_at_a_time(folder: Path) -> Iterator[None]:
+def one_process_at_a_time(folder: Path, waiting: str = "") -> Iterator[None]:
     """Let one process at a time into the `with` block, on all hosts that share the folder.
 
     The first process does the work, and those that waited find its result. There is no waiting
@@ -17,6 +19,7 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
 
     Args:
         folder: where the lock file `.lrd-lock` is; it is created if it is missing.
+        waiting: printed if another process is in the block; empty: nothing is.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,5 +30,10 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
 
     with lock:
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    console.info(waiting)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lrd import console
+from lrd.data.decoding import describe_decode_error, open_image, to_pixels, upright
 from lrd.data.folder_lock import one_process_at_a_time
 from lrd.errors import UserError, first_line
 from lrd.memory import require_memory
@@ -28,18 +29,19 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 )
 _DIGEST_BYTES = 32
-_DECODING_VERSION = 2  # goes up when the same file is decoded to other pixels
+_DECODING_VERSION = 3  # goes up when the same file is decoded to other pixels
 
 
 def read_folder(
-    folder: Path, size: int | None, skip_corrupt: bool
+    folder: Path, size: int | None, skip_corrupt: bool, resize: int | None = None
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Read all images in `folder/<class>/`, from the cache if it is up to date.
 
     Args:
         folder: contains one folder for each class.
-        size: images are resized to size x size pixels; None: the height of the first image.
+        size: images are made size x size pixels, see `to_pixels`; None: the height of the first.
         skip_corrupt: report a file that cannot be decoded and leave it out, instead of failing.
+        resize: pixels of the shorter side before the centre is cut out; None: `size`.
 
     Returns:
         Pixels, uint8 (N, 3, size, size); labels, int64 (N,); and the names of the classes. Classes
@@ -49,7 +51,7 @@ def read_folder(
         UserError: the folder is missing, a class has no image, or a file cannot be decoded.
     """
     files, classes = list_folder(folder)
-    cache = _cache_path(folder, files, size, skip_corrupt)
+    cache = _cache_path(folder, files, size, skip_corrupt, resize)
 
     tensors = _read_cache(cache)
     if tensors is None:
@@ -57,7 +59,7 @@ def read_folder(
             tensors = _read_cache(cache)  # another host may have written it in the meantime
             if tensors is None:
                 size = size or _first_image_height(files, skip_corrupt)
-                tensors = _decode_all(folder, files, classes, size, skip_corrupt)
+                tensors = _decode_all(folder, files, classes, size, skip_corrupt, resize)
                 _write_cache(cache, tensors)
 
     return tensors["pixels"], tensors["labels"], classes
@@ -72,6 +74,26 @@ def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     Raises:
         UserError: the folder is missing, or a class in it has no image.
     """
+    classes = list_classes(folder)
+    files_of_class = [_image_files(folder / name) for name in classes]
+    if not any(files_of_class):
+        raise UserError(f"data.root: no image in {folder}/<class>/")
+
+    labelled_files = []
+    for label, paths in enumerate(files_of_class):
+        if not paths:
+            raise UserError(f"data.root: no image in {folder / classes[label]}")
+        for path in paths:
+            labelled_files.append((path, label))
+    return labelled_files, classes
+
+
+def list_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the classes in `folder/<class>/`, sorted.
+
+    Raises:
+        UserError: the folder is missing, or a class has a name that cannot be recorded.
+    """
     if not folder.is_dir():
         raise UserError(
             f"data.root: {folder} is not a folder; imagefolder needs images in <class>/* there"
@@ -84,19 +106,7 @@ def list_folder(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
             names.append(entry.name)
         elif entry.is_symlink() and not entry.exists():
             raise UserError(f"data.root: {entry} is a link to something that does not exist")
-    classes = tuple(sorted(names))
-
-    files_of_class = [_image_files(folder / name) for name in classes]
-    if not any(files_of_class):
-        raise UserError(f"data.root: no image in {folder}/<class>/")
-
-    labelled_files = []
-    for label, paths in enumerate(files_of_class):
-        if not paths:
-            raise UserError(f"data.root: no image in {folder / classes[label]}")
-        for path in paths:
-            labelled_files.append((path, label))
-    return labelled_files, classes
+    return tuple(sorted(names))
 
 
 def _require_utf8(folder: Path) -> None:
@@ -113,15 +123,20 @@ def _require_utf8(folder: Path) -> None:
 
 def _image_files(folder: Path) -> list[Path]:
     """List the image files in one folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file in the folder of a class is taken for an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _first_image_height(files: list[tuple[Path, int]], skip_corrupt: bool) -> int:
     """Height in pixels of the first image that can be opened."""
     for path, _ in files:
         try:
-            with _open(path) as image:
-                return _upright(image).height
+            with open_image(path) as image:
+                return upright(image).height
         except Exception as error:
             if not skip_corrupt:
                 raise _corrupt_file_error(path, error) from None
@@ -137,6 +152,7 @@ def _decode_all(
     classes: tuple[str, ...],
     size: int,
     skip_corrupt: bool,
+    resize: int | None,
 ) -> dict[str, Tensor]:
     """Decode all files, several at a time.
 
@@ -159,7 +175,7 @@ def _decode_all(
     # not too large, and refuses those of more than 179 million pixels.
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        images = pool.map(lambda file: _decode(file[0], size), files)
+        images = pool.map(lambda file: _decode(file[0], size, resize), files)
         files_and_images = zip(files, images, strict=True)
         for (path, label), image in console.track(
             files_and_images, f"decoding {folder}", total=len(files)
@@ -168,7 +184,7 @@ def _decode_all(
                 if not skip_corrupt:
                     pool.shutdown(cancel_futures=True)
                     raise _corrupt_file_error(path, image)
-                reason = _describe_decode_error(image)
+                reason = describe_decode_error(image)
                 console.info(f"{path}: not a readable image ({reason}); left out")
                 continue
 
@@ -199,123 +215,44 @@ class _Decoded:
     oddities: list[str]
 
 
-def _decode(path: Path, size: int) -> _Decoded | Exception:
+def _decode(path: Path, size: int, resize: int | None) -> _Decoded | Exception:
     """Decode one file.
 
     Returns:
         The image, or the error.
     """
     try:
-        with _open(path) as image:
+        with open_image(path) as image:
             oddities = []
             if image.width != image.height:
-                oddities.append(f"are not square; they are stretched to {size} x {size}")
+                oddities.append("are not square; their centre is taken")
             if getattr(image, "is_animated", False):
                 oddities.append("have several frames; the first one is taken")
-            return _Decoded(to_pixels(image, size, size), oddities)
+            return _Decoded(to_pixels(image, size, size, resize), oddities)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         return error
 
 
-def _open(path: Path) -> Image.Image:
-    """Open an image file.
-
-    Raises:
-        Exception: it cannot be opened, or is no file: to open a FIFO would wait for a writer.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("is not a file")
-    return Image.open(path)
-
-
-def to_pixels(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Convert an image of any mode to upright RGB and resize it where its size is another.
-
-    Returns:
-        uint8 (3, height, width).
-
-    Raises:
-        ValueError: its values have no range that lrd knows.
-    """
-    rgb = _to_rgb(_upright(image))
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1)
-
-
-def read_image(path: Path, height: int, width: int) -> NDArray[np.uint8]:
-    """Read one image file, as a folder of them is read.
-
-    Returns:
-        uint8 (3, height, width).
-
-    Raises:
-        UserError: there is no such file, or it is no image.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such image file")
-    try:
-        with _open(path) as image:
-            return to_pixels(image, height, width)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        reason = _describe_decode_error(error)
-        raise UserError(f"{path}: not a readable image ({reason})") from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF data say that the camera was held."""
-    with suppress(Exception):  # damaged EXIF data: Pillow raises nearly anything
-        return ImageOps.exif_transpose(image)
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB with 8 bits a channel.
-
-    Pillow would clip 16-bit gray values and floats at 255.
-
-    Raises:
-        ValueError: floats beyond [0, 1], or integers of more than 16 bits.
-    """
-    is_16_bit_png = image.mode == "I" and image.format == "PNG"  # of an older Pillow
-    if image.mode.startswith("I;16") or is_16_bit_png:
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.asarray(image)
-        if not (values.min() >= 0.0 and values.max() <= 1.0):
-            raise ValueError(
-                f"its values are floats from {values.min():g} to {values.max():g}, "
-                "should be from 0 to 1; or save it with 8 or 16 bits"
-            )
-        image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
-    elif image.mode == "I":
-        raise ValueError("its values are 32-bit integers; save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
 def _corrupt_file_error(path: Path, error: BaseException) -> UserError:
     return UserError(
-        f"{path}: not a readable image ({_describe_decode_error(error)}); "
+        f"{path}: not a readable image ({describe_decode_error(error)}); "
         "data.skip_corrupt=true leaves such files out"
     )
 
 
-def _describe_decode_error(error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
-        return "cannot identify image file"
-    return first_line(error)
-
-
 def _cache_path(
-    folder: Path, files: list[tuple[Path, int]], size: int | None, skip_corrupt: bool
+    folder: Path,
+    files: list[tuple[Path, int]],
+    size: int | None,
+    skip_corrupt: bool,
+    resize: int | None,
 ) -> Path:
     """Path of the cache for a folder's present content.
 
     The name contains a digest of the files' paths, sizes and modification times, so that a changed,
-    added or removed file leads to a new cache. The cache is beside the folder, or in the user's
-    cache directory if the place beside the folder is not writable.
+    added or removed file leads to a new cache.
     """
-    settings = f"{folder.resolve()} {size} {skip_corrupt} {_DECODING_VERSION}"
+    settings = f"{folder.resolve()} {size} {resize} {skip_corrupt} {_DECODING_VERSION}"
     digest = hashlib.sha256(settings.encode(errors="surrogateescape"))
     for path, _ in files:
         try:
@@ -326,10 +263,15 @@ def _cache_path(
         digest.update(line.encode(errors="surrogateescape"))
     name = f"{folder.name}-{digest.hexdigest()[:16]}.cache"
 
+    return cache_folder(folder) / name
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where what is known of a folder is kept: beside it, or in the user's cache directory."""
     if os.access(folder.parent, os.W_OK):
-        return folder.parent / ".lrd-cache" / name
+        return folder.parent / ".lrd-cache"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return user_cache / "lrd" / name
+    return user_cache / "lrd"
 
 
 def _read_cache(path: Path) -> dict[str, Tensor] | None:
@@ -363,7 +305,8 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
             stream.write(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         console.info(
             f"{path}: the cache of decoded images could not be written ({first_line(error)}); "
             "the next start decodes them again"

@@ -1,9 +1,11 @@
-"""Labelled images in memory, and a data set of them."""
+"""Labelled images, and a data set of them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +16,51 @@ from lrd.errors import UserError
 from lrd.philox import Domain
 
 
+class Part(Protocol):
+    """A part of a data set, such as its test images: in memory, or read when they are needed.
+
+    Attributes:
+        image_shape: of each image, (3, H, W).
+    """
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(
+        self, begin: int, end: int, batch_size: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Read the images from `begin` to before `end` in batches, without random changes.
+
+        The last batch may be short.
+
+        Returns:
+            Pixels, uint8 (batch, 3, H, W), and labels, int64 (batch,), on the part's device.
+        """
+
+    def empty_batch(self) -> tuple[Tensor, Tensor]:
+        """A batch as `read` returns them, of no images."""
+
+    def to(self, device: torch.device) -> Part:
+        """The same images, which are then on a device when they are read."""
+
+    def select(self, indices: Tensor) -> Part:
+        """The images with these indices, int64 (M,)."""
+
+    def slice(self, begin: int, end: int) -> Part:
+        """The images from `begin` to before `end`."""
+
+    def relabel(self, labels: Tensor) -> Part:
+        """The same images; those with label i get the label `labels[i]`, int64 (classes,)."""
+
+    def update_digest(self, digest: hashlib._Hash) -> None:
+        """Add to a digest what tells these images and labels from others."""
+
+
 @dataclass(frozen=True)
 class Images:
-    """Labelled images.
+    """Labelled images in memory.
 
     Attributes:
         pixels: uint8 (N, 3, H, W).
@@ -26,8 +70,39 @@ class Images:
     pixels: Tensor
     labels: Tensor
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def read(
+        self, begin: int, end: int, batch_size: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """See `Part`."""
+        for start in range(begin, end, batch_size):
+            batch = slice(start, min(start + batch_size, end))
+            yield self.pixels[batch], self.labels[batch]
+
+    def empty_batch(self) -> tuple[Tensor, Tensor]:
+        """See `Part`."""
+        return self.pixels[:0], self.labels[:0]
+
+    def slice(self, begin: int, end: int) -> Images:
+        """See `Part`: views of their memory."""
+        return Images(self.pixels[begin:end], self.labels[begin:end])
+
+    def relabel(self, labels: Tensor) -> Images:
+        """See `Part`."""
+        return Images(self.pixels, labels[self.labels])
+
+    def update_digest(self, digest: hashlib._Hash) -> None:
+        """See `Part`: all pixels and labels."""
+        for tensor in (self.pixels, self.labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().numpy().tobytes())
 
     def to(self, device: torch.device) -> Images:
         """Copy pixels and labels to a device."""
@@ -40,7 +115,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images in memory, and the names of the classes.
+    """Labelled images, and the names of the classes.
 
     Attributes:
         train: training images.
@@ -49,20 +124,20 @@ class Dataset:
         validation: images held out from the training images; None if there are none.
     """
 
-    train: Images
-    test: Images
+    train: Part
+    test: Part
     classes: tuple[str, ...]
-    validation: Images | None = None
+    validation: Part | None = None
 
     @property
-    def evaluated_parts(self) -> dict[str, Images]:
+    def evaluated_parts(self) -> dict[str, Part]:
         """The parts on which the network is evaluated: `test`, and `validation` if there is one."""
         if self.validation is None:
             return {"test": self.test}
         return {"test": self.test, "validation": self.validation}
 
     def to(self, device: torch.device) -> Dataset:
-        """Copy all images to a device."""
+        """The same data set, with all images on a device."""
         return Dataset(
             train=self.train.to(device),
             test=self.test.to(device),
@@ -105,14 +180,14 @@ class Dataset:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels and labels, by which hosts check that they have the same data."""
+        """SHA-256 by which hosts check that they have the same data.
+
+        It is of all pixels and labels of images in memory; for others see their `Part`.
+        """
         digest = hashlib.sha256()
         for part in (self.train, self.test, self.validation):
-            if part is None:
-                continue
-            for tensor in (part.pixels, part.labels):
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.cpu().numpy().tobytes())
+            if part is not None:
+                part.update_digest(digest)
         return digest.hexdigest()
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrd import recipe as recipes
-from lrd.data.images import Dataset, Images
+from lrd.data.images import Dataset, Images, Part
+from lrd.data.storage import require_memory_suffices
 from lrd.errors import UserError
 from lrd.recipe.named import call_named, check_arguments, import_callable
 
@@ -22,7 +23,7 @@ _INTEGER_TYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 
 _NUMBER_TYPES = (*_INTEGER_TYPES, "float16", "bfloat16", "float32", "float64")
 _RETURNS = (
     "must return (train, test) or (train, test, classes), where train and test are pairs of "
-    "pixels and labels; a dict with these keys; or an lrd.data.Dataset"
+    "pixels and labels, or map-style data sets; a dict with these keys; or an lrd.data.Dataset"
 )
 
 
@@ -46,15 +47,87 @@ def load_own_data(section: recipes.Data, seed: int) -> Dataset:
     name = section.dataset
     function = import_callable(name, "data.dataset")
     arguments = _collect_arguments(section, seed, function)
+    if _is_map_style_class(function):
+        train, test = _make_parts(name, function, arguments)  # type: ignore[arg-type]
+        return _stream(train, test, None, section, seed)
     returned = call_named(name, "data.dataset", function, **arguments)
 
     try:
-        dataset = _to_dataset(returned)
+        train, test, classes = _take_apart(returned)
+        if _is_map_style(train) and _is_map_style(test):
+            return _stream(train, test, classes, section, seed)
+        require_memory_suffices(section)
+        dataset = _to_dataset(train, test, classes)
         if section.image_size is None:
-            _require_equal_sizes(dataset)
+            _require_equal_sizes(dataset.train, dataset.test)
     except _Fault as fault:
         raise UserError(f"data.dataset: {name} {fault}") from None
     return dataset
+
+
+# Map-style data sets
+
+
+def _is_map_style(value: Any) -> bool:
+    """Whether something returns samples by their index, and is no array of them."""
+    if isinstance(value, Tensor | np.ndarray | list | tuple | dict | str | bytes):
+        return False
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
+def _is_map_style_class(value: Any) -> bool:
+    """Whether a recipe names a class of such data sets."""
+    return inspect.isclass(value) and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
+def _make_parts(name: str, cls: type, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Make the training and the test part of a class of the user's.
+
+    Args:
+        name: what the recipe names.
+        cls: has an argument `train` (True or False) or `split` ("train" or "test").
+        arguments: the other arguments.
+
+    Raises:
+        UserError: it has neither, the recipe has it too, or the call fails.
+    """
+    parameters = inspect.signature(cls).parameters
+    if "train" in parameters:
+        key = "train"
+        values: tuple[Any, Any] = (True, False)
+    elif "split" in parameters:
+        key = "split"
+        values = ("train", "test")
+    else:
+        raise UserError(
+            f"data.dataset: {name} needs an argument train (True or False) or split (train or "
+            "test); or name a function that returns both parts"
+        )
+    if key in arguments:
+        raise UserError(
+            f"data.{key}: lrd makes both parts of {name} and gives it this argument itself; "
+            "leave it out"
+        )
+    train, test = (
+        call_named(name, "data.dataset", cls, **arguments, **{key: value}) for value in values
+    )
+    return train, test
+
+
+def _stream(train: Any, test: Any, classes: Any, section: recipes.Data, seed: int) -> Dataset:
+    from lrd.data.streaming.own import stream_own  # only here: it imports torchvision
+
+    if section.storage not in ("auto", "files"):
+        raise UserError(
+            f"data.storage: is {section.storage!r}, but {section.dataset} returns samples one by "
+            "one; may be 'auto' or 'files'"
+        )
+    if section.augment != "none" or section.trivial_augment or section.random_erasing:
+        raise UserError(
+            f"data.augment: {section.dataset} returns samples one by one and changes them itself; "
+            "leave augment, trivial_augment and random_erasing out"
+        )
+    return stream_own(train, test, classes, section, seed)
 
 
 class _Fault(Exception):
@@ -86,7 +159,10 @@ def _collect_arguments(
     named = {key: value for key, value in offered.items() if key in names}
 
     arguments = named | section.arguments
-    check_arguments(section.dataset, "data", function, arguments)
+    # A class of samples gets these from lrd, see `_make_parts`.
+    is_class = _is_map_style_class(function)
+    given = {key: None for key in ("train", "split") if is_class and key in names}
+    check_arguments(section.dataset, "data", function, given | arguments)
     return arguments
 
 
@@ -104,8 +180,7 @@ def _argument_names(function: Callable[..., Any]) -> set[str]:
 # What is returned
 
 
-def _to_dataset(returned: Any) -> Dataset:
-    train_part, test_part, names = _take_apart(returned)
+def _to_dataset(train_part: Any, test_part: Any, names: Any) -> Dataset:
     train = _to_images(train_part, "training")
     test = _to_images(test_part, "test")
 
@@ -263,9 +338,9 @@ def _to_class_names(names: Any) -> tuple[str, ...]:
     return classes
 
 
-def _require_equal_sizes(dataset: Dataset) -> None:
-    train_height, train_width = dataset.train.pixels.shape[2:]
-    test_height, test_width = dataset.test.pixels.shape[2:]
+def _require_equal_sizes(train: Part, test: Part) -> None:
+    _, train_height, train_width = train.image_shape
+    _, test_height, test_width = test.image_shape
     if (train_height, train_width) != (test_height, test_width):
         raise _Fault(
             f"returned training images of {train_height} x {train_width} pixels, but test images "

@@ -190,6 +190,7 @@ class StepStatistics:
         accuracies: the accuracy of each rank on its part of the batch.
         stop_signal: a signal that any rank has received; 0: none.
         has_checkpoint_error: whether the main process could not write a checkpoint.
+        num_replaced: images of all ranks that took the place of one that could not be decoded.
     """
 
     losses: list[float]
@@ -197,6 +198,7 @@ class StepStatistics:
     accuracies: list[float]
     stop_signal: int
     has_checkpoint_error: bool
+    num_replaced: int
 
     @property
     def mean_loss(self) -> float:
@@ -225,6 +227,7 @@ def gather_step_statistics(
     accuracy: Tensor,
     stop_signal: int,
     has_checkpoint_error: bool = False,
+    num_replaced: int = 0,
 ) -> StepStatistics:
     """Exchange the statistics of a step between the ranks. The CPU waits for the GPU.
 
@@ -234,27 +237,29 @@ def gather_step_statistics(
         accuracy: this rank's accuracy on its part of the batch, float32 ().
         stop_signal: the signal that this rank has received; 0: none.
         has_checkpoint_error: whether this rank could not write a checkpoint.
+        num_replaced: images of this rank that took the place of one that could not be decoded.
     """
     # One tensor, and so one collective, for all that the ranks exchange. float64 represents a
     # float32 and a signal's number exactly.
-    flags = torch.tensor(
-        [stop_signal, has_checkpoint_error], dtype=torch.float64, device=loss.device
+    numbers = torch.tensor(
+        [stop_signal, has_checkpoint_error, num_replaced], dtype=torch.float64, device=loss.device
     )
     figures = torch.stack([loss, grad_norm, accuracy]).detach().double()
-    local_row = torch.cat([figures, flags])  # float64 (5,)
+    local_row = torch.cat([figures, numbers])  # float64 (6,)
 
     rows = [local_row]
     if dist.is_initialized():
         rows = [torch.empty_like(local_row) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, local_row)
 
-    table = torch.stack(rows).cpu()  # (world_size, 5)
+    table = torch.stack(rows).cpu()  # (world_size, 6)
     return StepStatistics(
         losses=table[:, 0].tolist(),
         grad_norms=table[:, 1].tolist(),
         accuracies=table[:, 2].tolist(),
         stop_signal=int(table[:, 3].max()),
         has_checkpoint_error=bool(table[:, 4].max()),
+        num_replaced=int(table[:, 5].sum()),
     )
 
 

@@ -10,14 +10,13 @@ import torch
 
 from lrd import console
 from lrd import recipe as recipes
+from lrd.cores import available_cores
 from lrd.errors import UserError
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 _CPUINFO = Path("/proc/cpuinfo")
 _TRUE = ("y", "yes", "t", "true", "on", "1")
 _FALSE = ("n", "no", "f", "false", "off", "0")
-_CGROUPS = Path("/sys/fs/cgroup")
-_PROCESS_CGROUP = Path("/proc/self/cgroup")
 
 
 def resolve_auto(recipe: recipes.Recipe) -> recipes.Recipe:
@@ -128,44 +127,6 @@ def limit_threads() -> None:
     share = max(1, int(available_cores()) // ranks_on_host)
     if torch.get_num_threads() > share:
         torch.set_num_threads(share)
-
-
-def available_cores() -> float:
-    """Number of cores that this process may use.
-
-    It is the number of cores that it may run on, or less if its cgroup (version 2) has a quota of
-    CPU time.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        num_allowed = len(os.sched_getaffinity(0))
-    else:
-        num_allowed = os.cpu_count() or 1
-    return min([float(num_allowed), *_cgroup_quotas()])
-
-
-def _cgroup_quotas() -> list[float]:
-    """The quotas of this process's cgroup and of those above it, in cores."""
-    try:
-        lines = _PROCESS_CGROUP.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    names = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
-    if not names:
-        return []
-
-    # A quota limits the groups below it too, so the smallest one on the way to the root counts.
-    quotas = []
-    folder = _CGROUPS / names[0].lstrip("/")
-    for cgroup in (folder, *folder.parents):
-        if not cgroup.is_relative_to(_CGROUPS):
-            continue
-        try:
-            quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
-            if quota != "max":
-                quotas.append(int(quota) / int(period))
-        except (OSError, ValueError):  # the root has no quota; a container may not show its own
-            continue
-    return quotas
 
 
 def _cpu_flags() -> set[str]:

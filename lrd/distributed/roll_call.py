@@ -53,9 +53,10 @@ class RollCallResult:
     """What a roll call found, and who prints it.
 
     Attributes:
-        is_reporter: whether this rank prints it; False if another rank called the roll first.
-        text: the ranks that did not answer, or the place of each rank if all did; empty if no roll
-            was called.
+        is_reporter: whether this rank prints it; False if another rank has printed it, or called
+            the roll first.
+        text: the ranks that did not answer, or the place of each rank if all did, or what a rank
+            said before it ended; empty if no roll was called.
     """
 
     is_reporter: bool
@@ -86,6 +87,19 @@ class RollCall:
         if _has_other_ranks():
             threading.Thread(target=self._answer, name="roll call", daemon=True).start()
 
+    def announce_end(self, reason: str) -> None:
+        """Tell the other ranks why this one ends, before its connections are closed.
+
+        They then do not look for it.
+        """
+        if not _has_other_ranks():
+            return
+        with suppress(RuntimeError, ValueError, OSError):
+            call_with_timeout(
+                2 * _SECONDS_TO_CONNECT,
+                lambda: _connect_to_store().set(self._key("end"), reason),
+            )
+
     def call(self) -> RollCallResult:
         """Find out who does not answer, or where each rank is if all do."""
         if not _has_other_ranks():
@@ -94,9 +108,9 @@ class RollCall:
         rank = dist.get_rank()
         answer = self._describe_this_rank()
         try:
-            answers = call_with_timeout(
+            return call_with_timeout(
                 _SECONDS_TO_ANSWER + 2 * _SECONDS_TO_CONNECT,
-                lambda: self._collect_answers(rank, answer),
+                lambda: self._call(rank, answer),
             )
         except (RuntimeError, ValueError, OSError):
             # Without the store the ranks cannot agree on who reports this, so each of them does.
@@ -105,24 +119,6 @@ class RollCall:
                 text="rank 0 is gone, or the host that kept the ranks' store, "
                 "or the way there is cut",
             )
-
-        if answers is None:
-            return RollCallResult(is_reporter=False, text="")
-
-        missing = [f"rank {rank}" for rank in range(dist.get_world_size()) if rank not in answers]
-        if missing:
-            return RollCallResult(
-                is_reporter=True,
-                text=f"{', '.join(missing)} did not answer: gone, stopped or cut off",
-            )
-
-        places = [
-            f"rank {rank} on {answer['host']} after step {answer['step']}, in {answer['where']}"
-            for rank, answer in answers.items()
-        ]
-        return RollCallResult(
-            is_reporter=True, text=f"all ranks answered a roll call: {'; '.join(places)}"
-        )
 
     def _answer(self) -> None:
         # An error means that the store went with the rank or launcher that kept it.
@@ -140,15 +136,17 @@ class RollCall:
             {"host": socket.gethostname(), "step": self.step, "where": _innermost_place(main_frame)}
         )
 
-    def _collect_answers(self, rank: int, answer: str) -> dict[int, dict[str, Any]] | None:
-        """The answers by rank. None: another rank called the roll first and collects them."""
+    def _call(self, rank: int, answer: str) -> RollCallResult:
         store = _connect_to_store()
+        if store.check([self._key("end")]):
+            return RollCallResult(is_reporter=False, text=store.get(self._key("end")).decode())
+
         store.set(self._key(rank), answer)
         store.set(self._key("call"), "now")
 
         # All ranks see the failure and call. The first one collects, so that one line is printed.
         if store.add(self._key("callers"), 1) > 1:
-            return None
+            return RollCallResult(is_reporter=False, text="")
 
         ranks = range(dist.get_world_size())
         keys = [self._key(other) for other in ranks]
@@ -157,10 +155,23 @@ class RollCall:
             time.sleep(0.05)
 
         answered = [other for other in ranks if store.check([self._key(other)])]
-        return {other: json.loads(store.get(self._key(other))) for other in answered}
+        answers = {other: json.loads(store.get(self._key(other))) for other in answered}
+        return RollCallResult(is_reporter=True, text=_describe_answers(answers, len(ranks)))
 
     def _key(self, what: object) -> str:
         return f"{self._prefix}/roll_call/{what}"
+
+
+def _describe_answers(answers: dict[int, dict[str, Any]], world_size: int) -> str:
+    missing = [f"rank {rank}" for rank in range(world_size) if rank not in answers]
+    if missing:
+        return f"{', '.join(missing)} did not answer: gone, stopped or cut off"
+
+    places = [
+        f"rank {rank} on {answer['host']} after step {answer['step']}, in {answer['where']}"
+        for rank, answer in answers.items()
+    ]
+    return f"all ranks answered a roll call: {'; '.join(places)}"
 
 
 def _has_other_ranks() -> bool:

@@ -55,6 +55,8 @@ class NetworkConfig(BaseModel):
         num_labels: size of the network's output.
         id2label: name of each class, by its label.
         image_size: of the inputs in pixels; height and width if they differ.
+        resize: pixels of an image's shorter side before its centre is cut out; None: as few as
+            the inputs have.
         image_mean: mean of each channel over the training set, in [0, 255].
         image_std: standard deviation of each channel.
         lrd: what lrd needs beside Hugging Face's keys.
@@ -63,6 +65,7 @@ class NetworkConfig(BaseModel):
     num_labels: Annotated[int, Field(gt=0, le=1 << 24)]
     id2label: dict[int, str]
     image_size: _Side | tuple[_Side, _Side]
+    resize: _Side | None = None
     image_mean: tuple[float, float, float]
     image_std: tuple[
         Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]

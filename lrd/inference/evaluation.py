@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrd import recipe as recipes
 from lrd.checkpoint import network_config
 from lrd.data import datasets
 from lrd.data.image_folder import list_folder, read_folder
-from lrd.data.images import Images
+from lrd.data.images import Images, Part
 from lrd.distributed import hardware
 from lrd.distributed.accelerator import start_rank
 from lrd.distributed.roll_call import RollCall
@@ -112,7 +112,7 @@ def evaluate_path(
     _move(model, recipe, accelerator.device)
 
     if data is not None:
-        images = _read_images(data, model, recipe.data.skip_corrupt)
+        images = _read_images(data, model, recipe.data)
         name = str(data)
         recorded: dict[str, float] = {}
     else:
@@ -128,7 +128,7 @@ def evaluate_path(
 def evaluate_images(
     accelerator: Accelerator,
     model: LoadedModel,
-    images: Images,
+    images: Part,
     batch_size: int,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, float]:
@@ -145,48 +145,39 @@ def evaluate_images(
         The number of images by true and by predicted class, int64 (classes, classes), and the mean
         loss in nats.
     """
-    recorder = _Recorder(model.network, lambda done: on_batch(done, len(images)))
+    num_classes = len(model.classes)
+    counts = torch.zeros(num_classes**2, dtype=torch.int64)  # by true and predicted class
+    num_done = 0
+
+    def count(logits: Tensor, labels: Tensor) -> None:
+        nonlocal num_done
+        cells = labels * num_classes + logits.argmax(1)  # int64 (batch,)
+        counts.add_(torch.bincount(cells.cpu(), minlength=num_classes**2))
+        num_done += len(labels)
+        on_batch(num_done, len(images))
+
     world_size = model.config.lrd.world_size
     loss_sum = 0.0
 
     for rank in range(world_size):
-        part = slice(len(images) * rank // world_size, len(images) * (rank + 1) // world_size)
-        rank_images = Images(images.pixels[part], images.labels[part])
-        if len(rank_images) == 0:
+        begin = len(images) * rank // world_size
+        end = len(images) * (rank + 1) // world_size
+        if begin == end:
             continue
 
-        metrics = evaluate(accelerator, recorder, rank_images, model.normalize, batch_size)
+        metrics = evaluate(
+            accelerator=accelerator,
+            model=model.network,
+            images=images.slice(begin, end),
+            normalize=model.normalize,
+            batch_size=batch_size,
+            observe=count,
+        )
         assert metrics is not None, "there is no stop signal"
-        loss_sum += metrics["loss"] * len(rank_images)
+        loss_sum += metrics["loss"] * (end - begin)
     model.network.eval()  # `evaluate` leaves it in training mode
 
-    num_classes = len(model.classes)
-    predicted = torch.cat(recorder.predictions).cpu()  # int64 (N,)
-    cells = images.labels.cpu() * num_classes + predicted
-    counts = torch.bincount(cells, minlength=num_classes**2)
     return counts.view(num_classes, num_classes), loss_sum / len(images)
-
-
-class _Recorder(nn.Module):
-    """Passes inputs on to a network, and keeps the class that it predicts for each.
-
-    Args:
-        on_batch: called after each batch with the number of images so far.
-    """
-
-    def __init__(self, network: nn.Module, on_batch: Callable[[int], None]) -> None:
-        super().__init__()
-        self.network = network
-        self.predictions: list[Tensor] = []
-        self._on_batch = on_batch
-        self._num_done = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.network(inputs)  # (batch, classes)
-        self.predictions.append(logits.argmax(1))
-        self._num_done += len(inputs)
-        self._on_batch(self._num_done)
-        return logits
 
 
 def _read_arch(overrides: Sequence[str]) -> str | None:
@@ -234,7 +225,7 @@ def _recorded_metrics(model: LoadedModel, part: str) -> dict[str, float]:
 
 def _load_part(
     model: LoadedModel, recipe: recipes.Recipe, part: str, overrides: Sequence[str]
-) -> Images:
+) -> Part:
     """Load the images that a recipe names, with the labels of the network's classes."""
     is_confirmed = any(override.startswith("data.dataset=") for override in overrides)
     if is_own(recipe.data.dataset) and not is_confirmed:
@@ -249,7 +240,7 @@ def _load_part(
         raise UserError(f"{model.path}: its recipe holds no images out: data.validation is 0")
     images = dataset.evaluated_parts[part]
 
-    height, width = images.pixels.shape[2:]
+    _, height, width = images.image_shape
     if (height, width) != model.config.height_and_width:
         expected = " x ".join(str(size) for size in model.config.height_and_width)
         raise UserError(
@@ -259,7 +250,7 @@ def _load_part(
     return _relabel(images, dataset.classes, model, recipe.data.dataset)
 
 
-def _read_images(folder: Path, model: LoadedModel, skip_corrupt: bool) -> Images:
+def _read_images(folder: Path, model: LoadedModel, section: recipes.Data) -> Part:
     """Read images from `folder/<class>/` or `folder/test/<class>/`."""
     test_folder = folder / "test"
     if test_folder.is_dir() and any(entry.is_dir() for entry in test_folder.iterdir()):
@@ -275,7 +266,9 @@ def _read_images(folder: Path, model: LoadedModel, skip_corrupt: bool) -> Images
     try:
         _, classes = list_folder(folder)  # before anything is decoded
         _require_classes(classes, model, str(folder))
-        pixels, labels, classes = read_folder(folder, height, skip_corrupt)
+        pixels, labels, classes = read_folder(
+            folder, height, section.skip_corrupt, section.evaluation_resize(height)
+        )
     except UserError as error:
         raise UserError(str(error).replace("data.root: ", "--data: ")) from None
     return _relabel(Images(pixels, labels), classes, model, str(folder))
@@ -290,11 +283,11 @@ def _require_classes(classes: Sequence[str], model: LoadedModel, source: str) ->
         )
 
 
-def _relabel(images: Images, classes: Sequence[str], model: LoadedModel, source: str) -> Images:
+def _relabel(images: Part, classes: Sequence[str], model: LoadedModel, source: str) -> Part:
     """Give images the network's labels; the classes are matched by their names."""
     _require_classes(classes, model, source)
     labels = torch.tensor([model.classes.index(name) for name in classes])  # int64 (classes,)
-    return Images(images.pixels, labels[images.labels])
+    return images.relabel(labels)
 
 
 def as_json(model: LoadedModel, evaluation: Evaluation) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lrd import recipe as recipes
 from lrd.checkpoint import export, manifest, network_config, store
 from lrd.data import batches
-from lrd.data.image_folder import read_image, to_pixels
+from lrd.data.decoding import read_image, to_pixels
 from lrd.errors import UserError, first_line
 from lrd.inference.config import NetworkConfig, parse_config
 from lrd.parts.models import build_model
@@ -56,8 +56,8 @@ class LoadedModel:
     def preprocess(self, image: AnyImage) -> Tensor:
         """Make the network's input of an image, exactly as in training.
 
-        An image of another size is resized as in a folder of training images: bilinear, without
-        regard to its aspect ratio.
+        An image of another size is resized as in training's evaluations: bilinear, so that its
+        shorter side fits, and the centre is taken.
 
         Args:
             image: a path, a Pillow image, an array of uint8 (H, W) or (H, W, C), or a tensor of
@@ -91,9 +91,9 @@ class LoadedModel:
             image = Image.fromarray(image)
 
         if isinstance(image, Image.Image):
-            pixels = to_pixels(image, height, width)
+            pixels = to_pixels(image, height, width, self.config.resize)
         else:
-            pixels = read_image(Path(image), height, width)
+            pixels = read_image(Path(image), height, width, self.config.resize)
         return torch.from_numpy(pixels.copy())  # contiguous, and its own memory
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lrd.data.datasets import Images
+from lrd.data.images import Part
 from lrd.distributed.communication import broadcast_buffers, gather_stop_signal
 from lrd.job import sharding
 from lrd.job.state import Job
@@ -56,10 +57,11 @@ def evaluate_parts(job: Job, stop_signal: Callable[[], int]) -> dict[str, float]
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    images: Images,
+    images: Part,
     normalize: Callable[[Tensor], Tensor],
     batch_size: int,
     stop_signal: Callable[[], int] = lambda: 0,
+    observe: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> dict[str, float] | None:
     """Mean loss and accuracy over `images`; each image counts once.
 
@@ -72,6 +74,8 @@ def evaluate(
         normalize: uint8 (N, 3, H, W) -> network input, float32 (N, 3, H, W).
         batch_size: samples of one forward pass on one rank.
         stop_signal: returns the stop signal that this rank has received; 0: none.
+        observe: gets the logits, (batch, classes), and the labels, int64 (batch,), of each batch of
+            this rank.
 
     Returns:
         `loss` (mean cross-entropy, nats) and `accuracy` in [0, 1], the same on every rank. None
@@ -88,29 +92,30 @@ def evaluate(
     # All ranks check for signals together, so all go through the loop as often as the one with most
     # images.
     num_batches = -(-len(images) // (world_size * batch_size))
-    device = images.labels.device
+    device = accelerator.device
     check_every = 1 if device.type == "cpu" else _BATCHES_BETWEEN_SIGNAL_CHECKS_ON_GPU
 
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, seen
     model.eval()
-    for batch in range(num_batches):
-        if batch % check_every == 0 and gather_stop_signal(accelerator, stop_signal()):
-            model.train()
-            return None
+    # Closed at the end: there may be processes that read ahead.
+    with closing(images.read(begin, end, batch_size)) as batches:
+        for batch in range(num_batches):
+            if batch % check_every == 0 and gather_stop_signal(accelerator, stop_signal()):
+                model.train()
+                return None
 
-        start = begin + batch * batch_size
-        part = slice(start, min(start + batch_size, end))
-        labels = images.labels[part]  # int64 (batch,)
-        # The shards of a network are gathered by all ranks, also for a rank without images.
-        if len(labels) == 0 and not sharding.is_sharded(model):
-            continue
+            pixels, labels = next(batches, images.empty_batch())
+            # The shards of a network are gathered by all ranks, also for a rank without images.
+            if len(labels) == 0 and not sharding.is_sharded(model):
+                continue
 
-        with accelerator.autocast():
-            logits = model(normalize(images.pixels[part]))  # (batch, classes)
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
-        seen = sums.new_full((), len(labels))
-        sums += torch.stack([loss.double(), correct.double(), seen])
+            with accelerator.autocast():
+                logits = model(normalize(pixels))  # (batch, classes)
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            correct = (logits.argmax(1) == labels).sum()
+            seen = sums.new_full((), len(labels))
+            sums += torch.stack([loss.double(), correct.double(), seen])
+            observe(logits, labels)
 
     model.train()
     loss_sum, num_correct, num_seen = accelerator.reduce(sums, reduction="sum").tolist()

@@ -99,6 +99,8 @@ class Progress:
         }
         if job.recipe.trainer.on_nonfinite == "skip":
             scalars["train/skipped"] = job.skipped_steps
+        if job.recipe.data.skip_corrupt:
+            scalars["train/replaced"] = job.replaced_images
         job.tracker.record_step(job.step, lrs, scalars, moved=not is_skipped)
         self._epoch.add(self.loss, self.accuracy)
         self._epoch.lr = lrs[0]
@@ -237,6 +239,8 @@ class Progress:
                 ("training", f"{seconds:.1f} s, {images_per_second:.0f} images/s"),
                 ("evaluation", f"{self._paused['evaluation']:.1f} s"),
             ]
+        if self.job.batches.wait_seconds:
+            rows.append(("waited for data", f"{self.job.batches.wait_seconds:.1f} s"))
 
         writer = self.job.writer
         if writer is not None and writer.num_written:
@@ -257,6 +261,8 @@ class Progress:
             rows.append(
                 ("steps skipped", f"{job.skipped_steps:,}, whose loss or gradient was not finite")
             )
+        if job.replaced_images:
+            rows.append(("unreadable images", f"replaced {job.replaced_images:,} times"))
         metrics = job.last_eval_metrics
         for name, value in metrics.items():
             if name.endswith("accuracy"):

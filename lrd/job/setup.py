@@ -19,7 +19,7 @@ from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir, read_status
 from lrd.checkpoint.transfer import fetch_newest
 from lrd.data import datasets
-from lrd.data.batches import Batches
+from lrd.data.choice import AnyBatches, build_batches
 from lrd.distributed import communication, hardware
 from lrd.distributed.accelerator import start_rank
 from lrd.distributed.gradient_compression import bf16_all_reduce_hook
@@ -140,26 +140,25 @@ def build_job(
 
     fingerprint = dataset.fingerprint()
     dataset = dataset.to(device)
-    batches = Batches(
+    batches = build_batches(
         dataset.train,
-        recipe.data,
-        recipe.seed,
+        recipe,
+        num_classes=recipe.model.num_classes or num_classes,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        accumulation_steps=recipe.trainer.accumulation_steps,
     )
 
     model = build_model(recipe.model, num_classes, recipe.seed).to(device)
     start_weights_digest = None
     if starts_anew and recipe.model.weights is not None:
         start_weights_digest = load_weights(model, recipe.model)
-    image_shape = tuple(dataset.train.pixels.shape[1:])  # (3, H, W)
-    check_model(model, recipe.model, image_shape, num_classes)
+    check_model(model, recipe.model, batches.image_shape, num_classes)
     if batches.micro_batch_size == 1:
         _require_values_for_batchnorm(model, recipe, batches)
 
     loss_function = build_loss(recipe.trainer, device)
-    check_loss(recipe.trainer, loss_function, recipe.model.num_classes or num_classes, device)
+    num_outputs = recipe.model.num_classes or num_classes
+    check_loss(recipe.trainer, loss_function, num_outputs, device, recipe.data)
     check_optimizer(model, recipe)
     check_schedule(model, recipe, batches.steps_per_epoch)
 
@@ -189,6 +188,8 @@ def build_job(
     if depends_on_length(recipe.schedule):
         result_settings["trainer.epochs"] = recipe.trainer.epochs
 
+    all_steps = total_steps(recipe, batches.steps_per_epoch)
+    batches.end_step = all_steps
     return Job(
         recipe=recipe,
         accelerator=accelerator,
@@ -200,7 +201,7 @@ def build_job(
         accelerated_optimizer=AcceleratedOptimizer(optimizer),
         schedule=schedule,
         loss_function=loss_function,
-        total_steps=total_steps(recipe, batches.steps_per_epoch),
+        total_steps=all_steps,
         result_settings=result_settings,
         sources={},
         start_weights_digest=start_weights_digest,
@@ -210,13 +211,13 @@ def build_job(
 
 
 def _require_values_for_batchnorm(
-    model: nn.Module, recipe: recipes.Recipe, batches: Batches
+    model: nn.Module, recipe: recipes.Recipe, batches: AnyBatches
 ) -> None:
     """Refuse a network whose BatchNorm would have one value for each channel: it needs two."""
     if recipe.model.sync_batchnorm and batches.world_size > 1:
         return
 
-    inputs, _ = batches.micro_batch(step=0)  # float32 (1, 3, H, W)
+    inputs = torch.zeros((1, *batches.image_shape), device=batches.mean.device)
     try:
         with torch.no_grad(), preserved_generators():
             copy.deepcopy(model).train()(inputs)
@@ -331,9 +332,9 @@ def _warm_up_ddp_buckets(job: Job) -> None:
     which the ranks' gradients are summed changes with them. Two ranks do not notice, because a + b
     = b + a; with three or more, a resumed run would differ from one that was not interrupted.
     """
-    inputs, _ = job.load_micro_batch(step=0, micro_step=0)
-    if not job.recipe.trainer.compile:  # a compiled network is compiled anew for each batch size
-        inputs = inputs[:2]
+    # A compiled network is compiled anew for each batch size.
+    batch_size = job.batches.micro_batch_size if job.recipe.trainer.compile else 2
+    inputs = job.make_inputs(batch_size)
     saved_buffers = [buffer.clone() for buffer in job.raw_model.buffers()]
 
     for _ in range(2):

@@ -19,8 +19,8 @@ from lrd import recipe as recipes
 from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir
-from lrd.data.batches import Batches
-from lrd.data.datasets import Dataset
+from lrd.data.choice import AnyBatches
+from lrd.data.images import Dataset
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
@@ -42,10 +42,11 @@ class Job:
     Attributes:
         recipe: what is trained; its `auto` precision and layout are resolved.
         accelerator: Accelerate's, on this rank's device.
-        dataset: training and test images, on the device.
+        dataset: training and test images, on the device, or read when they are needed.
         batches: the training batches, by position.
         schedule: sets the lr of `raw_optimizer`.
-        loss_function: of logits, float (N, C), and labels, int64 (N,): the mean loss, float ().
+        loss_function: of logits, float (N, C), and labels, int64 (N,), or probabilities, float
+            (N, C), if samples are mixed: the mean loss, float ().
         raw_model: the network itself.
         ddp_model: the network as Accelerate prepared it, under DDP where there are several ranks. A
             network that is sharded is `raw_model` itself.
@@ -61,6 +62,9 @@ class Job:
         run_dir, tracker, writer: on the main process; None elsewhere.
         step: optimizer steps done.
         skipped_steps: steps that were skipped because a loss or the gradient was not finite.
+        replaced_images: training images so far, of all ranks, in whose place another one was taken
+            because they could not be decoded.
+        replaced_before: those of earlier starts.
         last_eval_step, last_eval_metrics: the latest evaluation.
         best: the evaluation that was best by `best_metric`: `step`, `metric` (its name), and all
             metrics.
@@ -69,7 +73,7 @@ class Job:
     recipe: recipes.Recipe
     accelerator: Accelerator
     dataset: Dataset
-    batches: Batches
+    batches: AnyBatches
     raw_model: nn.Module
     ddp_model: nn.Module
     raw_optimizer: Optimizer
@@ -89,6 +93,8 @@ class Job:
 
     step: int = 0
     skipped_steps: int = 0
+    replaced_images: int = 0
+    replaced_before: int = 0
     last_eval_step: int = 0
     last_eval_metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
@@ -135,12 +141,25 @@ class Job:
         """This rank's batch of a micro step, in the memory layout that training uses.
 
         Returns:
-            Inputs, float32 (micro_batch, 3, H, W), and labels, int64 (micro_batch,).
+            Inputs, float32 (micro_batch, 3, H, W), and labels, int64 (micro_batch,). If the samples
+            are mixed, the labels are probabilities, float32 (micro_batch, classes).
         """
         inputs, labels = self.batches.micro_batch(step, micro_step)
+        return self._arrange(inputs), labels
+
+    def make_inputs(self, batch_size: int) -> Tensor:
+        """Inputs of zeros, in the memory layout that training uses.
+
+        Returns:
+            float32 (batch_size, 3, H, W).
+        """
+        shape = (batch_size, *self.batches.image_shape)
+        return self._arrange(torch.zeros(shape, device=self.accelerator.device))
+
+    def _arrange(self, inputs: Tensor) -> Tensor:
         if self.recipe.trainer.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, labels
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def seed_layers(self, step: int, micro_step: int) -> None:
         """Seed what random layers and losses draw from, before the forward pass of a micro step.
@@ -183,7 +202,8 @@ class Job:
             )
 
     def close(self) -> None:
-        """Release the run directory."""
+        """End the processes that load images, and release the run directory."""
+        self.batches.close()
         if self.run_dir is not None:
             self.run_dir.close()
 
@@ -204,6 +224,7 @@ class Job:
             "epoch": self.step // self.batches.steps_per_epoch,
             "samples": self.step * self.batches.batch_size,
             "skipped": self.skipped_steps,
+            "replaced": self.replaced_images,
             "evaluated": self.last_eval_step,
             "best": self.best,
             "latest": self.last_eval_metrics,
@@ -224,7 +245,7 @@ class Job:
             classes=self.dataset.classes,
             mean=self.batches.mean,
             std=self.batches.std,
-            image_size=self.dataset.train.pixels.shape[2:],
+            image_size=self.batches.image_shape[1:],
             world_size=self.accelerator.num_processes,
         )
         return network_config.with_results(
@@ -266,6 +287,7 @@ class Job:
 
         self.step = state.step
         self.skipped_steps = state.trainer["skipped"]
+        self.replaced_images = self.replaced_before = int(state.trainer.get("replaced", 0))
         self.last_eval_step = state.trainer["evaluated"]
         self.last_eval_metrics = state.trainer["latest"]
         self.best = state.trainer["best"]

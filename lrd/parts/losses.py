@@ -16,7 +16,8 @@ from lrd.errors import UserError, first_line
 from lrd.recipe.named import call_named, import_callable
 from lrd.recipe.schema import is_own
 
-# Of logits, float (N, C), and labels, int64 (N,): the mean over the batch, float ().
+# Of logits, float (N, C), and labels, int64 (N,): the mean over the batch, float (). If the samples
+# are mixed, the labels are the probabilities of the classes, float (N, C).
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _KEY = "trainer.loss"
@@ -77,8 +78,9 @@ def check_loss(
     loss_function: LossFunction,
     num_classes: int,
     device: torch.device | None = None,
+    data: recipes.Data | None = None,
 ) -> None:
-    """Try a loss of the user's own on a few logits.
+    """Try a loss of the user's own on a few logits, with labels of the kind that training has.
 
     If it is no mean over the batch, a line says so: the ranks' gradients are averaged, so that it
     would be another loss on another number of ranks.
@@ -88,6 +90,7 @@ def check_loss(
         loss_function: as `build_loss` has made it.
         num_classes: size of the network's output.
         device: of the logits.
+        data: the recipe's `data`, which says whether samples are mixed; None: they are not.
 
     Raises:
         UserError: it fails, is not a finite number, has no gradient in the logits, or two calls
@@ -96,10 +99,37 @@ def check_loss(
     if not is_own(section.loss):
         return
 
+    mixing_keys = [] if data is None else _mixing_keys(data)
+    try:
+        _try_loss(section, loss_function, num_classes, device, mixes=bool(mixing_keys))
+    except UserError as error:
+        if not mixing_keys:
+            raise
+        raise UserError(
+            f"{error}; with {' and '.join(mixing_keys)} it gets labels as probabilities of the "
+            "classes, float (N, C)"
+        ) from None
+
+
+def _mixing_keys(data: recipes.Data) -> list[str]:
+    """The keys of a recipe that turn labels into probabilities."""
+    return [f"data.{key}" for key in ("mixup", "cutmix") if getattr(data, key)]
+
+
+def _try_loss(
+    section: recipes.Trainer,
+    loss_function: LossFunction,
+    num_classes: int,
+    device: torch.device | None,
+    mixes: bool,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(_CHECKED_SAMPLES, num_classes, generator=generator).to(device)  # (N, C)
     labels = torch.randint(num_classes, (_CHECKED_SAMPLES,), generator=generator).to(device)  # (N,)
     logits.requires_grad_()
+    if mixes:
+        one_hot = nn.functional.one_hot(labels, num_classes).float()  # (N, C)
+        labels = torch.lerp(one_hot, one_hot.roll(1, 0), 0.25)  # (N, C)
 
     def call(logits: Tensor, labels: Tensor) -> Any:
         return call_named(section.loss, _KEY, lambda: loss_function(logits, labels))

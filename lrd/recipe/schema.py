@@ -141,6 +141,7 @@ def _require_epoch(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Channels = Annotated[list[Float], Field(min_length=3, max_length=3)]  # a value for each
 Patterns = Annotated[str | list[str], BeforeValidator(_check_patterns)]
 KeepProb = Annotated[
     Float,
@@ -253,8 +254,8 @@ class Data(PartSection):
         "digits",
         "the images: `digits` (scikit-learn's, 8x8, no download), `cifar10` and `cifar100` "
         "(downloaded into `root`), `imagefolder` (`root/train/<class>/*`, `root/test/<class>/*`), "
-        "`synthetic` (noise, for speed tests), or a function of your own, whose arguments are "
-        "further keys of this section ([Your own parts](parts.md))",
+        "`synthetic` (noise, for speed tests), or a function or data set of your own, whose "
+        "arguments are further keys of this section ([Data](data.md#your-own-data))",
         affects_results=True,
     )
     root: str = setting(
@@ -277,10 +278,11 @@ class Data(PartSection):
         default_means="the data set's",
         gt=1,
     )
-    augment: Literal["none", "crop", "crop_flip"] = setting(
+    augment: Literal["none", "crop", "crop_flip", "resized_crop"] = setting(
         "none",
         "random changes to training images: `crop` (zero padding, random crop), `crop_flip` (also "
-        "horizontal flip)",
+        "horizontal flip), `resized_crop` (a random part of the image, resized, and flip; usual "
+        "for large photographs)",
         affects_results=True,
     )
     padding: Int | None = setting(
@@ -290,9 +292,86 @@ class Data(PartSection):
         default_means="`image_size / 8`",
         ge=0,
     )
+    crop_scale: Float = setting(
+        0.08,
+        "`resized_crop`: the least part of an image's area that is cut out",
+        affects_results=True,
+        gt=0.0,
+        le=1.0,
+    )
+    resize: Int | None = setting(
+        None,
+        "pixels of an image's shorter side, before its centre is cut out; with `resized_crop` this "
+        "is for evaluated images alone",
+        affects_results=True,
+        default_means="`image_size`; with `resized_crop` `image_size / 0.875`",
+        gt=1,
+    )
+    trivial_augment: bool = setting(
+        False,
+        "change colours or shape of each training image at random (TrivialAugment)",
+        affects_results=True,
+    )
+    random_erasing: Float = setting(
+        0.0,
+        "probability of a rectangle in a training image being replaced by the mean colour",
+        affects_results=True,
+        ge=0.0,
+        le=1.0,
+    )
+    mixup: Float = setting(
+        0.0,
+        "mix pairs of training images and their labels (mixup), by a part drawn from the "
+        "Beta(`mixup`, `mixup`) distribution; 0: off",
+        affects_results=True,
+        ge=0.0,
+    )
+    cutmix: Float = setting(
+        0.0,
+        "replace a rectangle in each training image by that of another, and mix the labels "
+        "(CutMix), by a part drawn from Beta(`cutmix`, `cutmix`); with `mixup` too, one of the two "
+        "is drawn for each step; 0: off",
+        affects_results=True,
+        ge=0.0,
+    )
+    mean: Channels | None = setting(
+        None,
+        "mean of each channel, from 0 to 1, which is subtracted from an image",
+        affects_results=True,
+        default_means="that of the training images; without `memory`, of 1,024 of them",
+    )
+    std: Channels | None = setting(
+        None,
+        "standard deviation of each channel, from 0 to 1, by which an image is divided",
+        affects_results=True,
+        default_means="as for `mean`",
+    )
+    storage: Literal["auto", "memory", "files", "packed"] = setting(
+        "auto",
+        "where images are: `memory` (all of them, decoded), `files` (decoded whenever they are "
+        "needed), `packed` (decoded and resized by `lrd data pack`); `auto` is `memory` if they "
+        "fit, else `packed` if they are, else `files`",
+        affects_results=False,
+    )
+    workers: Int | None = setting(
+        None,
+        "processes of each rank that load images; not used with `memory`",
+        affects_results=False,
+        shared_by_ranks=False,
+        default_means="the rank's share of the cores",
+        ge=0,
+        le=256,
+    )
+    fingerprint: Literal["names", "contents"] = setting(
+        "names",
+        "`files`: what tells one data set from another: names and sizes of the files, or also all "
+        "that is in them, which reads them all at each start",
+        affects_results=False,
+    )
     skip_corrupt: bool = setting(
         False,
-        "`imagefolder`: leave out files that cannot be decoded, and name them, instead of stopping",
+        "`imagefolder`: go on without files that cannot be decoded, and name them, instead of "
+        "stopping. `memory` leaves them out; otherwise the next readable image takes the place",
         affects_results=True,
     )
     num_samples: Int = setting(
@@ -313,6 +392,19 @@ class Data(PartSection):
     @property
     def part(self) -> str:
         return self.dataset
+
+    def evaluation_resize(self, image_size: int) -> int | None:
+        """Pixels of an evaluated image's shorter side; None: `image_size`, and no more is cut."""
+        if self.resize is None and self.augment == "resized_crop":
+            return round(image_size / 0.875)
+        return self.resize
+
+    @field_validator("std")
+    @classmethod
+    def _require_positive_std(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and min(value) <= 0.0:
+            raise ValueError("should be greater than 0")
+        return value
 
 
 class Model(PartSection):
@@ -1247,6 +1339,14 @@ class Tracking(Section):
 # checkpoint of theirs does not contain them, so they are left out of ours.
 _ABSENT_DEFAULTS: dict[str, Any] = {
     "data.validation": 0.0,
+    "data.crop_scale": 0.08,
+    "data.resize": None,
+    "data.trivial_augment": False,
+    "data.random_erasing": 0.0,
+    "data.mixup": 0.0,
+    "data.cutmix": 0.0,
+    "data.mean": None,
+    "data.std": None,
     "model.weights": None,
     "model.reset": [],
     "optimizer.decay_norms_and_biases": True,

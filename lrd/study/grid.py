@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,7 +243,8 @@ def check_arms(study: Study, path: Path) -> None:
             if key not in models:
                 models[key] = build_model(run.recipe.model, _ASSUMED_CLASSES, run.seed)
             model = models[key]
-            build_optimizer(model, run.recipe)
+            with warnings.catch_warnings(action="ignore"):  # the runs say them too
+                build_optimizer(model, run.recipe)
             check_optimizer(model, run.recipe)
             check_schedule(model, run.recipe, run.steps_per_epoch)
             build_loss(run.recipe.trainer)

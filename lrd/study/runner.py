@@ -20,7 +20,7 @@ import torch
 from lrd import console
 from lrd.checkpoint.run_dir import STOP_SECONDS
 from lrd.checkpoint.run_records import describe_seconds
-from lrd.distributed import hardware
+from lrd.cores import available_cores
 from lrd.distributed.signals import PARENT_VARIABLE, StopSignals
 from lrd.errors import EXIT_OK, EXIT_RUN_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from lrd.study.grid import GridRun, RunState, Study, command_overrides, read_state
@@ -200,7 +200,7 @@ def child_environment(run: GridRun, slot: int, jobs: int, gpus: list[str]) -> di
     """
     environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
 
-    share = max(1, int(hardware.available_cores()) // jobs)
+    share = max(1, int(available_cores()) // jobs)
     try:
         threads = min(share, int(os.environ["OMP_NUM_THREADS"]))
     except (KeyError, ValueError):

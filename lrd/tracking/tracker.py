@@ -11,6 +11,7 @@ Tags, by step:
 | `train/grad_norm` | norm of the gradient before clipping |
 | `train/images_per_second` | speed |
 | `train/skipped` | steps so far whose gradient was not finite, if the recipe skips such steps |
+| `train/replaced` | images so far that could not be decoded, with `data.skip_corrupt` |
 | `probes/<parameter>[<index>]` | the learning rate of one element: its group's, or zero |
 | `updates/<parameter>` | histogram of the update, on request (`tracking.histograms_every`) |
 

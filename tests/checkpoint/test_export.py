@@ -132,7 +132,8 @@ def test_a_folder_has_hugging_faces_files_and_replaces_an_older_export(tmp_path,
     assert config["id2label"] == {"0": "a", "1": "b"}
     assert config["label2id"] == {"a": 0, "b": 1}
     preprocessor = json.loads((out / "preprocessor_config.json").read_text())
-    assert preprocessor["size"] == {"height": 8, "width": 8}
+    assert preprocessor["size"] == {"shortest_edge": 8}
+    assert preprocessor["crop_size"] == {"height": 8, "width": 8}
     assert preprocessor["image_mean"] == [1.0, 2.0, 3.0]
     assert not preprocessor["do_rescale"]
 

@@ -612,7 +612,20 @@ def test_the_version_is_shown():
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "launch", "check", "lr", "runs", "compare", "checkpoints", "doctor"],
+    [
+        "",
+        "train",
+        "launch",
+        "check",
+        "lr",
+        "runs",
+        "compare",
+        "checkpoints",
+        "data",
+        "data pack",
+        "data verify",
+        "doctor",
+    ],
 )
 def test_each_command_has_a_short_option_for_help(command):
     result = invoke(*command.split(), "-h")

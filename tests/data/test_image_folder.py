@@ -55,9 +55,9 @@ def decoded(monkeypatch) -> list[str]:
     names: list[str] = []
     decode = image_folder._decode
 
-    def record_and_decode(path, size):
+    def record_and_decode(path, size, resize):
         names.append(path.name)
-        return decode(path, size)
+        return decode(path, size, resize)
 
     monkeypatch.setattr(image_folder, "_decode", record_and_decode)
     return names
@@ -424,7 +424,7 @@ def test_an_image_is_turned_upright(tmp_path, orientation):
     pixels, _, _ = read(tmp_path / "train")
 
     # The default size is the height of the upright image.
-    expected = upright.resize((4, 4), Image.Resampling.BILINEAR)
+    expected = upright.crop((1, 0, 5, 4))
     assert torch.equal(pixels[0], torch.tensor(np.asarray(expected)).permute(2, 0, 1))
 
 
@@ -464,7 +464,7 @@ def test_what_is_odd_about_images_is_counted(folder, capsys):
     frames[0].save(folder / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
     read(folder, 4)
     output = capsys.readouterr().out
-    assert f"{folder}: 2 of 6 images are not square; they are stretched to 4 x 4" in output
+    assert f"{folder}: 2 of 6 images are not square; their centre is taken" in output
     assert f"{folder}: 1 of 6 images have several frames; the first one is taken" in output
 
 
@@ -483,6 +483,12 @@ def test_a_folder_without_a_readable_image_is_refused(folder):
 
 def imagefolder_section(root: Path) -> recipes.Data:
     return recipes.Data(dataset="imagefolder", root=str(root))
+
+
+def test_a_file_in_the_way_of_the_cache_is_reported(folder, capsys):
+    (folder.parent / ".lrd-cache").write_text("no folder")
+    assert len(read(folder)[0]) == 3
+    assert "the cache of decoded images could not be written" in capsys.readouterr().out
 
 
 def test_a_data_set_is_a_train_and_a_test_folder(tmp_path):

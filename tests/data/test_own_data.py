@@ -375,8 +375,8 @@ def test_lr_draws_a_recipe_with_data_of_ones_own(users_folder):
 
 def test_the_example_of_the_documentation_is_loaded(users_folder):
     """Its function reads a file that this test writes, and the recipe beside it names it."""
-    page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
-    _, _, rest = page.partition("\n## The data\n")
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("\n### Images in memory\n")
     blocks = dict(re.findall(r"^```(python|yaml)\n(.*?)^```$", rest, re.MULTILINE | re.DOTALL)[:2])
     section = recipes.parse(yaml.safe_load(blocks["yaml"]), "recipe.yaml").data
     module = users_folder / "my_parts" / "data.py"

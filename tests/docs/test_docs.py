@@ -130,6 +130,7 @@ def test_files_of_the_project_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lrd_commands_that_a_page_names_exist(page):
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     lines = [line for line in commands(page) if re.match(r"lrd [a-z]", line)]
     unknown = {shlex.split(line, comments=True)[1] for line in lines} - known
     assert unknown == set()

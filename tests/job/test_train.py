@@ -9,6 +9,7 @@ import torch
 
 from lrd.parts.optimizers import NAMES as OPTIMIZERS
 from lrd.recipe.schema import SCHEDULES
+from lrd.train import measure_accuracy
 from tests.helpers.equality import assert_same_final_state
 from tests.helpers.tensorboard_events import read_scalars
 from tests.helpers.training import train
@@ -85,7 +86,7 @@ CASES = {
         "model.width=8",
     ],
     "ASGD, deterministic": ["optimizer.name=ASGD", "trainer.deterministic=true"],
-    "SGD, OneCycleLR, average, held-out images, smoothed labels": [
+    "SGD, OneCycleLR, average, held-out images, mixed images, smoothed labels": [
         "optimizer.momentum=0.9",
         "schedule.name=OneCycleLR",
         "schedule.max_lr=0.1",
@@ -93,6 +94,8 @@ CASES = {
         "trainer.ema_decay=0.75",
         "trainer.label_smoothing=0.1",
         "data.validation=0.1",
+        "data.mixup=0.4",
+        "data.cutmix=1.0",
     ],
     "SGD, SequentialLR of LinearLR and PolynomialLR, no decay of norms and biases": [
         "optimizer.weight_decay=0.1",
@@ -161,3 +164,11 @@ def test_on_cuda_a_deterministic_run_in_two_parts_equals_the_run_in_one(
     assert_two_parts_equal_one(
         tmp_path, [*CASES[name], "trainer.device=cuda", "trainer.deterministic=true"]
     )
+
+
+def test_the_accuracy_on_mixed_images_counts_the_likeliest_class() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 2.0], [1.0, 0.0, 0.0]])
+    assert measure_accuracy(logits, torch.tensor([0, 2, 2, 1])) == 0.5
+
+    mixed = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.0, 0.7], [0.0, 0.4, 0.6], [0.1, 0.9, 0.0]])
+    assert measure_accuracy(logits, mixed) == 0.5

@@ -49,6 +49,18 @@ def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
     torch.testing.assert_close(loss, 0.8 * hard + 0.2 * uniform)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_mixed_labels_is_the_mean_of_the_losses_of_both(smoothing):
+    loss_function = build_loss(section(label_smoothing=smoothing))
+    logits, labels = make_batch()
+    others = labels.roll(1)
+    one_hot, other_one_hot = (nn.functional.one_hot(x, CLASSES).float() for x in (labels, others))
+
+    loss = loss_function(logits, 0.7 * one_hot + 0.3 * other_one_hot)
+    expected = 0.7 * loss_function(logits, labels) + 0.3 * loss_function(logits, others)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_an_own_function_is_the_loss():
     loss, _ = value_and_gradient(build_loss(section(loss=f"{OWN}:focal_loss")))
     logits, labels = make_batch()
@@ -109,6 +121,41 @@ def test_a_fault_of_an_own_loss_is_one_line(name, message):
         check_loss(trainer, build_loss(trainer), CLASSES)
     assert re.match(f"trainer.loss: {OWN}:{name}{message}", str(error.value))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["focal_loss", "ready_made_loss"])
+@pytest.mark.parametrize("keys", [{"mixup": 0.2}, {"cutmix": 1.0}])
+def test_a_loss_that_takes_probabilities_passes_the_check_with_mixing(name, keys, capsys):
+    trainer = section(loss=f"{OWN}:{name}")
+    check_loss(trainer, build_loss(trainer), CLASSES, data=recipe.Data(**keys))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_loss_of_probabilities_alone_is_tried_with_what_it_gets():
+    trainer = section(loss=f"{OWN}:soft_loss")
+    check_loss(trainer, build_loss(trainer), CLASSES, data=recipe.Data(mixup=0.2))
+    with pytest.raises(UserError, match=r"soft_loss failed: RuntimeError: [^;]*$"):
+        check_loss(trainer, build_loss(trainer), CLASSES, data=recipe.Data())
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"mixup": 0.2}, "data.mixup"),
+        ({"cutmix": 1.0}, "data.cutmix"),
+        ({"mixup": 0.2, "cutmix": 1.0}, "data.mixup and data.cutmix"),
+    ],
+)
+def test_a_loss_that_takes_no_probabilities_is_refused_with_mixing(keys, named):
+    trainer = section(loss=f"{OWN}:WeightedLoss")
+    with pytest.raises(UserError) as error:
+        check_loss(trainer, build_loss(trainer), CLASSES, data=recipe.Data(**keys))
+    line = str(error.value)
+    assert re.match(rf"trainer.loss: {OWN}:WeightedLoss failed: .* \(loss.py, line \d+\); ", line)
+    assert line.endswith(
+        f"; with {named} it gets labels as probabilities of the classes, float (N, C)"
+    )
+    assert "\n" not in line
 
 
 def test_a_module_that_needs_arguments_is_refused():

@@ -245,7 +245,7 @@ def test_a_plan_shows_what_is_left(tmp_path):
 
 def test_runs_that_run_at_a_time_share_cores_and_gpus(tmp_path, monkeypatch):
     grid_run = load(tmp_path).runs[0]
-    monkeypatch.setattr("lrd.distributed.hardware.available_cores", lambda: 8.0)
+    monkeypatch.setattr("lrd.study.runner.available_cores", lambda: 8.0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert child_environment(grid_run, 0, jobs=3, gpus=[])["OMP_NUM_THREADS"] == "2"
     assert child_environment(grid_run, 0, jobs=20, gpus=[])["OMP_NUM_THREADS"] == "1"

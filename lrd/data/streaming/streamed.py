@@ -1,0 +1,243 @@
+"""A part of a data set that is read when it is needed, and its training batches."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator, Iterator
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrd import console
+from lrd.data.batches import normalize
+from lrd.data.mixing import Mixing
+from lrd.data.positions import BatchOrder
+from lrd.data.streaming.loader import Loader, Position
+from lrd.data.streaming.readers import Reader
+
+
+class _SelectableReader(Reader, Protocol):
+    """A reader of which a part of the samples can be taken."""
+
+    def select(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> _SelectableReader: ...
+
+
+class StreamedImages:
+    """Images that worker processes read; see `lrd.data.images.Part`.
+
+    Args:
+        reader: reads the samples.
+        image_shape: of each image, (3, H, W).
+        dtype: of the pixels, uint8 or float32.
+        digest: tells these images from others.
+        workers: number of processes that read.
+        mean: of each channel, from 0 to 255, float32 (3, 1, 1).
+        std: standard deviation of each channel, float32 (3, 1, 1).
+        device: where the images are after they were read.
+        new_labels: label of the reader -> label, int64 (classes,); None: they are the same.
+    """
+
+    def __init__(
+        self,
+        reader: _SelectableReader,
+        image_shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        digest: str,
+        workers: int,
+        mean: Tensor,
+        std: Tensor,
+        device: torch.device | None = None,
+        new_labels: Tensor | None = None,
+    ) -> None:
+        self.reader = reader
+        self.image_shape = image_shape
+        self.dtype = dtype
+        self.digest = digest
+        self.workers = workers
+        self.mean = mean
+        self.std = std
+        self.device = device or torch.device("cpu")
+        self._new_labels = new_labels
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(
+        self, begin: int, end: int, batch_size: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """See `Part`."""
+        batches: list[list[Position]] = [
+            [(None, index) for index in range(start, min(start + batch_size, end))]
+            for start in range(begin, end, batch_size)
+        ]
+        # More workers than batches would have nothing to do.
+        workers = min(self.workers, len(batches))
+        loader = Loader(self.reader, batches, workers, self.device.type == "cuda")
+        try:
+            for _ in batches:
+                pixels, labels, unreadable = loader.next()
+                _report_unreadable(unreadable)
+                if self._new_labels is not None:
+                    labels = self._new_labels[labels]
+                yield _move(pixels, self.device), _move(labels, self.device)
+        finally:
+            loader.close()
+
+    def empty_batch(self) -> tuple[Tensor, Tensor]:
+        """See `Part`."""
+        pixels = torch.empty((0, *self.image_shape), dtype=self.dtype, device=self.device)
+        labels = torch.empty(0, dtype=torch.int64, device=self.device)
+        return pixels, labels
+
+    def to(self, device: torch.device) -> StreamedImages:
+        """See `Part`."""
+        return self._like(self.reader, device, self._new_labels)
+
+    def select(self, indices: Tensor) -> StreamedImages:
+        """See `Part`."""
+        return self._like(self.reader.select(indices.numpy()), self.device, self._new_labels)
+
+    def slice(self, begin: int, end: int) -> StreamedImages:
+        """See `Part`."""
+        return self.select(torch.arange(begin, end))
+
+    def relabel(self, labels: Tensor) -> StreamedImages:
+        """See `Part`."""
+        return self._like(self.reader, self.device, labels.cpu())
+
+    def update_digest(self, digest: hashlib._Hash) -> None:
+        """See `Part`: the files' names and sizes, or what `data.fingerprint` says."""
+        digest.update(f"{self.digest} {len(self)} {self.image_shape} {self.dtype}".encode())
+
+    def _like(
+        self, reader: _SelectableReader, device: torch.device, new_labels: Tensor | None
+    ) -> StreamedImages:
+        return StreamedImages(
+            reader,
+            self.image_shape,
+            self.dtype,
+            self.digest,
+            self.workers,
+            self.mean,
+            self.std,
+            device,
+            new_labels,
+        )
+
+
+class StreamedBatches(BatchOrder):
+    """The training batches of one rank, read ahead by workers; see `BatchOrder` for their order.
+
+    Batches that are asked for in their order have been read already, as far as the workers keep
+    up. For any other step the workers begin anew there.
+
+    Args:
+        images: the training images.
+        batch_size: samples in the global batch of one step.
+        seed: the seed of the recipe.
+        rank: the rank whose part of each batch this is.
+        world_size: the number of ranks.
+        accumulation_steps: micro steps in a step.
+        mixing: mixes each sample with the one before it; None: they stay as they are.
+
+    Attributes:
+        images: the training images.
+        image_shape: of an input, (3, H, W).
+        mean, std: of each channel, float32 (3, 1, 1), on the training device.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or it is larger than the training set.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation_steps: int = 1,
+        mixing: Mixing | None = None,
+    ) -> None:
+        super().__init__(len(images), batch_size, seed, rank, world_size, accumulation_steps)
+        self.images = images
+        self.mixing = mixing
+        self.image_shape = images.image_shape
+        self.mean = images.mean.to(images.device)
+        self.std = images.std.to(images.device)
+        self._loader: Loader | None = None
+        self._next = (0, 0)  # step and micro step of the loader's next batch
+
+    def micro_batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
+        """Make the batch that this rank has in a micro step.
+
+        Returns:
+            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), or what
+            `Mixing` makes of them; both on the training device.
+
+        Raises:
+            RankError: an image cannot be read, or a worker process died.
+        """
+        start = time.perf_counter()
+        if self._loader is None or (step, micro_step) != self._next:
+            self.close()
+            pin_memory = self.images.device.type == "cuda"
+            positions = self._positions(step, micro_step)
+            self._loader = Loader(self.images.reader, positions, self.images.workers, pin_memory)
+
+        pixels, labels, unreadable = self._loader.next()
+        self._next = self._after(step, micro_step)
+        self.wait_seconds += time.perf_counter() - start
+        self.num_replaced += len(unreadable)
+        _report_unreadable(unreadable)
+
+        inputs = self.normalize(_move(pixels, self.images.device))
+        labels = _move(labels, self.images.device)
+        if self.mixing is not None:
+            return self.mixing.mix(inputs, labels, step)
+        return inputs, labels
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Scale each channel to mean 0 and variance 1, see `lrd.data.batches.normalize`."""
+        return normalize(pixels, self.mean, self.std)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _positions(self, step: int, micro_step: int) -> Iterator[list[Position]]:
+        """The positions of the samples of each batch, from one on."""
+        while self.end_step is None or step < self.end_step:
+            epoch = step // self.steps_per_epoch
+            indices = self.indices(step, micro_step).tolist()
+            if self.mixing is not None:
+                indices.insert(0, self.index_before(step, micro_step))
+            yield [(epoch, index) for index in indices]
+            step, micro_step = self._after(step, micro_step)
+
+    def _after(self, step: int, micro_step: int) -> tuple[int, int]:
+        """The step and micro step after these."""
+        if micro_step + 1 < self.accumulation_steps:
+            return step, micro_step + 1
+        return step + 1, 0
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+_reported: set[str] = set()
+
+
+def _report_unreadable(unreadable: list[tuple[str, ...]]) -> None:
+    """Name files that could not be decoded, each once, from whichever rank has met them."""
+    for line in chain.from_iterable(unreadable):
+        if line not in _reported:
+            _reported.add(line)
+            console.error(f"{line}; the next readable image takes its place")
