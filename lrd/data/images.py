@@ -21,10 +21,14 @@ class Part(Protocol):
 
     Attributes:
         image_shape: of each image, (3, H, W).
+        storage: where the images are, such as `memory` or `files`.
     """
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def storage(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -74,6 +78,10 @@ class Images:
     def image_shape(self) -> tuple[int, int, int]:
         _, channels, height, width = self.pixels.shape
         return channels, height, width
+
+    @property
+    def storage(self) -> str:
+        return "memory"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,7 +196,15 @@ class Dataset:
         for part in (self.train, self.test, self.validation):
             if part is not None:
                 part.update_digest(digest)
-        return digest.hexdigest()
+        # The same images have another fingerprint elsewhere; see `storage_of_fingerprint`.
+        storage = self.train.storage
+        return digest.hexdigest() if storage == "memory" else f"{storage} {digest.hexdigest()}"
+
+
+def storage_of_fingerprint(fingerprint: str) -> str:
+    """Where the images were whose `Dataset.fingerprint` this is."""
+    storage, _, digest = fingerprint.rpartition(" ")
+    return storage if digest and storage else "memory"
 
 
 def count_held_out(fraction: float, count: int) -> int:

@@ -20,7 +20,7 @@ from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir
 from lrd.data.choice import AnyBatches
-from lrd.data.images import Dataset
+from lrd.data.images import Dataset, storage_of_fingerprint
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
@@ -386,10 +386,21 @@ def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path
         if before == now:
             continue
         if key == "data.fingerprint":
-            lines.append(f"{key}: the images or labels are not those of the run in {path}")
+            lines.append(_describe_other_images(str(before), str(now), path))
         else:
             had, says = ("nothing" if value is None else repr(value) for value in (before, now))
             lines.append(f"{key}: the run in {path} had {had}, the recipe now says {says}")
     if len(lines) > _MAX_CHANGES_NAMED:
         lines[_MAX_CHANGES_NAMED:] = [f"and {len(lines) - _MAX_CHANGES_NAMED} more settings differ"]
     return lines
+
+
+def _describe_other_images(before: str, now: str, path: Path) -> str:
+    storage_before = storage_of_fingerprint(before)
+    storage_now = storage_of_fingerprint(now)
+    if storage_before != storage_now:
+        return (
+            f"data.storage: the run in {path} had its images in {storage_before!r}, this start has "
+            f"them in {storage_now!r} (what auto chooses depends on the host's memory)"
+        )
+    return f"data.fingerprint: the images or labels are not those of the run in {path}"

@@ -29,6 +29,8 @@ INTEGERS = {
     "data.batch_size": ("0", "-1", "7000", HUGE),
     "data.image_size": ("0", "-8", "1000000", HUGE),
     "data.padding": ("-1",),
+    "data.resize": ("0", "1", "-5"),
+    "data.workers": ("-1", "257", HUGE),
     "data.num_samples": ("0", "-1"),
     "model.width": ("0", "-4", "20000", "100000000", HUGE),
     "model.num_classes": ("0", "9", "-10", "100000000000", HUGE),
@@ -57,6 +59,10 @@ FLOATS = {
     "lr_dropout.tau": ("2.0",),  # of Magma alone
     "lr_dropout.score_start": ("0.5",),  # of Magma alone
     "data.validation": ("1", "-0.1", "2", "0.9999"),
+    "data.crop_scale": ("0", "-0.5", "1.5"),
+    "data.random_erasing": ("-0.1", "1.5", "0.5"),  # images in memory are not changed one by one
+    "data.mixup": ("-1", "1e-320", "1e300"),
+    "data.cutmix": ("-1", "1e-320", "1e300"),
     "trainer.label_smoothing": ("-0.1", "1.5"),
     "trainer.ema_decay": ("-0.1", "1", "2"),
     "trainer.clip_norm": ("0", "-1"),
@@ -65,6 +71,7 @@ FLOATS = {
 
 FLAGS = (
     "data.skip_corrupt",
+    "data.trivial_augment",
     "model.sync_batchnorm",
     "optimizer.nesterov",
     "optimizer.decay_norms_and_biases",
@@ -79,7 +86,9 @@ FLAGS = (
 # Key -> names that are nearly right.
 NAMES = {
     "data.dataset": ("Digits", "digitss", "cifar", "imagenet"),
-    "data.augment": ("flip", "crop_flip_crop"),
+    "data.augment": ("flip", "crop_flip_crop", "resized_crop"),
+    "data.storage": ("disk", "file", "files", "packed"),
+    "data.fingerprint": ("name", "sha256"),
     "trainer.loss": ("crossentropy", "nll", "CrossEntropyLoss"),
     "model.arch": ("ResNet34", "resnet", "resnet1000"),
     "model.weights": ("nothing.safetensors", "recipe.yaml", "/dev/zero", "~nobody-here/x"),
@@ -153,6 +162,22 @@ OTHERS: dict[str, dict[str, Expected]] = {
         "[{match: '[', lr: 0.1}]": refused("optimizer.groups.0.match"),
     },
     "optimizer.decay_norms_and_biases": {"false": accepted("there is no weight decay to split")},
+    "data.mean": {
+        "1": refused("data.mean"),
+        "[0.5, 0.5]": refused("data.mean"),
+        "[a, b, c]": refused("data.mean"),
+        "[.nan, 0, 0]": refused("data.mean"),
+        "[0.5, 0.5, 0.5]": accepted("a value for each channel"),
+    },
+    "data.std": {
+        "1": refused("data.std"),
+        "[0, 1, 1]": refused("data.std"),
+        "[1, 1, 1, 1]": refused("data.std"),
+        "[0.2, 0.2, 0.2]": accepted("a value for each channel"),
+    },
+    "data.trivial_augment": {"true": refused("trivial_augment")},
+    "data.mixup": {"0.2": accepted("images in memory can be mixed")},
+    "data.cutmix": {"1": accepted("images in memory can be mixed")},
     "data.validation": {"1e-300": refused("data.validation"), "0": accepted("none")},
     "model.reset": {
         "1": refused("model.reset"),

@@ -558,7 +558,7 @@ def test_all_settings_but_the_folders_are_shared_by_the_ranks(tmp_path):
     keys = set()
     for name, section in recipe.model_dump().items():
         keys |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
-    assert set(recipe.settings_shared_by_ranks()) == keys - {"data.root", "run_dir"}
+    assert set(recipe.settings_shared_by_ranks()) == keys - {"data.root", "data.workers", "run_dir"}
 
 
 # The table of keys in the documents

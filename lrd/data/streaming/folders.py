@@ -57,6 +57,7 @@ def load_folder(section: recipes.Data, seed: int, storage: str) -> Dataset:
             reader=reader,
             image_shape=(3, size, size),
             dtype=torch.uint8,
+            storage=storage,
             digest=source.digest,
             workers=count_workers(section),
             mean=mean,

@@ -83,7 +83,9 @@ class Loader:
             prefetch_factor=_PREFETCHED_BATCHES if workers else None,
             worker_init_fn=_WorkerStart(os.getpid()) if workers else None,
         )
-        with preserved_generators():  # it draws a base seed, which nothing here uses
+        # It draws a base seed, which nothing here uses. A worker that begins must not meet a signal
+        # before it ignores it, see `_WorkerStart`.
+        with preserved_generators(), _blocked_stop_signals():
             self._iterator: Any = iter(loader)
         if workers:
             _leave_dead_workers_to_loader(self._iterator)
@@ -184,7 +186,8 @@ def _collate(samples: list[Sample | Failure]) -> Batch | Failure:
     try:
         return _stack(good)
     except RuntimeError as error:
-        return Failure(f"{first_line(error)}{_name_worker()}")
+        advice = "a larger /dev/shm helps, or fewer data.workers, which need less of it"
+        return Failure(f"{first_line(error)}; {advice}{_name_worker()}")
 
 
 def _stack(samples: list[Sample]) -> Batch:
@@ -221,6 +224,7 @@ class _WorkerStart:
         # until it has ended its step and saved.
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
         # A rank that is killed cannot end its workers. They would keep its sockets open, and its
         # lock on the run directory.
@@ -229,6 +233,16 @@ class _WorkerStart:
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != self._parent:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _blocked_stop_signals() -> Iterator[None]:
+    """In this context signals that stop a run wait; processes that begin in it block them, too."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _leave_dead_workers_to_loader(iterator: Any) -> None:

@@ -53,6 +53,7 @@ def stream_own(train: Any, test: Any, classes: Any, section: recipes.Data, seed:
             reader=reader,
             image_shape=(channels, height, width),
             dtype=first.pixels.dtype,
+            storage="samples",
             digest=digests[part],
             workers=workers,
             mean=mean,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from lrd.data.positions import BatchOrder
 from lrd.data.streaming.loader import Loader, Position
 from lrd.data.streaming.readers import Reader
 
+_CPU = torch.device("cpu")
+
 
 class _SelectableReader(Reader, Protocol):
     """A reader of which a part of the samples can be taken."""
@@ -26,13 +29,15 @@ class _SelectableReader(Reader, Protocol):
     def select(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> _SelectableReader: ...
 
 
+@dataclass(frozen=True)
 class StreamedImages:
     """Images that worker processes read; see `lrd.data.images.Part`.
 
-    Args:
+    Attributes:
         reader: reads the samples.
         image_shape: of each image, (3, H, W).
         dtype: of the pixels, uint8 or float32.
+        storage: where they are: `files`, `packed`, or `samples` of the user's own data set.
         digest: tells these images from others.
         workers: number of processes that read.
         mean: of each channel, from 0 to 255, float32 (3, 1, 1).
@@ -41,27 +46,16 @@ class StreamedImages:
         new_labels: label of the reader -> label, int64 (classes,); None: they are the same.
     """
 
-    def __init__(
-        self,
-        reader: _SelectableReader,
-        image_shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        digest: str,
-        workers: int,
-        mean: Tensor,
-        std: Tensor,
-        device: torch.device | None = None,
-        new_labels: Tensor | None = None,
-    ) -> None:
-        self.reader = reader
-        self.image_shape = image_shape
-        self.dtype = dtype
-        self.digest = digest
-        self.workers = workers
-        self.mean = mean
-        self.std = std
-        self.device = device or torch.device("cpu")
-        self._new_labels = new_labels
+    reader: _SelectableReader
+    image_shape: tuple[int, int, int]
+    dtype: torch.dtype
+    storage: str
+    digest: str
+    workers: int
+    mean: Tensor
+    std: Tensor
+    device: torch.device = _CPU
+    new_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -70,19 +64,20 @@ class StreamedImages:
         self, begin: int, end: int, batch_size: int
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """See `Part`."""
-        batches: list[list[Position]] = [
+        starts = range(begin, end, batch_size)
+        positions: Iterator[list[Position]] = (
             [(None, index) for index in range(start, min(start + batch_size, end))]
-            for start in range(begin, end, batch_size)
-        ]
+            for start in starts
+        )
         # More workers than batches would have nothing to do.
-        workers = min(self.workers, len(batches))
-        loader = Loader(self.reader, batches, workers, self.device.type == "cuda")
+        workers = min(self.workers, len(starts))
+        loader = Loader(self.reader, positions, workers, self.device.type == "cuda")
         try:
-            for _ in batches:
+            for _ in starts:
                 pixels, labels, unreadable = loader.next()
                 _report_unreadable(unreadable)
-                if self._new_labels is not None:
-                    labels = self._new_labels[labels]
+                if self.new_labels is not None:
+                    labels = self.new_labels[labels]
                 yield _move(pixels, self.device), _move(labels, self.device)
         finally:
             loader.close()
@@ -95,11 +90,11 @@ class StreamedImages:
 
     def to(self, device: torch.device) -> StreamedImages:
         """See `Part`."""
-        return self._like(self.reader, device, self._new_labels)
+        return replace(self, device=device)
 
     def select(self, indices: Tensor) -> StreamedImages:
         """See `Part`."""
-        return self._like(self.reader.select(indices.numpy()), self.device, self._new_labels)
+        return replace(self, reader=self.reader.select(indices.numpy()))
 
     def slice(self, begin: int, end: int) -> StreamedImages:
         """See `Part`."""
@@ -107,26 +102,11 @@ class StreamedImages:
 
     def relabel(self, labels: Tensor) -> StreamedImages:
         """See `Part`."""
-        return self._like(self.reader, self.device, labels.cpu())
+        return replace(self, new_labels=labels.cpu())
 
     def update_digest(self, digest: hashlib._Hash) -> None:
         """See `Part`: the files' names and sizes, or what `data.fingerprint` says."""
         digest.update(f"{self.digest} {len(self)} {self.image_shape} {self.dtype}".encode())
-
-    def _like(
-        self, reader: _SelectableReader, device: torch.device, new_labels: Tensor | None
-    ) -> StreamedImages:
-        return StreamedImages(
-            reader,
-            self.image_shape,
-            self.dtype,
-            self.digest,
-            self.workers,
-            self.mean,
-            self.std,
-            device,
-            new_labels,
-        )
 
 
 class StreamedBatches(BatchOrder):

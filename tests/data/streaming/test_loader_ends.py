@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -86,11 +87,10 @@ def test_a_killed_worker_is_reported_at_the_next_batch_and_nowhere_else() -> Non
 
 def test_a_worker_that_dies_while_its_batch_is_awaited_is_reported_in_seconds() -> None:
     loader = make_loader(workers=1, fault="exit", fault_at=3)
-    for _ in range(3):
-        loader.next()
     began = time.monotonic()
+    # Batches that it has read but not handed over are lost.
     with pytest.raises(RankError, match="ended itself with status 7"):
-        loader.next()
+        [loader.next() for _ in range(4)]
     assert time.monotonic() - began < 15
     loader.close()
     assert worker_processes() == []
@@ -105,6 +105,31 @@ def test_workers_that_hang_are_killed_when_time_is_up(monkeypatch: pytest.Monkey
     loader.close()
     assert time.monotonic() - began < 4
     assert worker_processes() == []
+
+
+def test_workers_end_with_a_process_that_is_killed() -> None:
+    source, sink = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        make_loader(workers=2).next()
+        os.write(sink, json.dumps([worker.pid for worker in worker_processes()]).encode())
+        time.sleep(600)
+
+    workers = [psutil.Process(pid) for pid in json.loads(os.read(source, 1000))]
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert len(workers) == 2
+    deadline = time.monotonic() + 2
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_fault_of_the_reader_is_one_line() -> None:
