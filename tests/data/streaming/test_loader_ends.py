@@ -111,7 +111,8 @@ def test_workers_end_with_a_process_that_is_killed() -> None:
     source, sink = os.pipe()
     parent = os.fork()
     if parent == 0:
-        make_loader(workers=2).next()
+        loader = make_loader(workers=2)
+        loader.next()
         os.write(sink, json.dumps([worker.pid for worker in worker_processes()]).encode())
         time.sleep(600)
 
