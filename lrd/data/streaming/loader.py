@@ -33,7 +33,7 @@ from lrd.recipe.named import last_line_in_file
 
 _PREFETCHED_BATCHES = 2  # of each worker
 _SECONDS_TO_END = 3.0  # of all workers together; a launcher waits 30 s for a rank
-_SECONDS_TO_DIE = 2.0  # after a worker's connections are closed
+_SECONDS_TO_DIE = 10.0  # after a worker's connections are closed; on a busy host two are not enough
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _MOST_WORKERS = 16
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -91,7 +91,7 @@ def test_a_worker_that_dies_while_its_batch_is_awaited_is_reported_in_seconds() 
     # Batches that it has read but not handed over are lost.
     with pytest.raises(RankError, match="ended itself with status 7"):
         [loader.next() for _ in range(4)]
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
     loader.close()
     assert worker_processes() == []
 
