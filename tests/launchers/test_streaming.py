@@ -566,7 +566,7 @@ def test_a_data_set_that_fails_in_a_later_epoch_is_one_line(
 ) -> None:
     run_dir = tmp_path / "run"
     # More than the one worker reads that finds out mean and standard deviation.
-    settings = [f"data.fault={fault}", f"data.faulty_from={NUM_TRAIN + 4}"]
+    settings = [f"data.fault={fault}", f"data.faulty_from={NUM_TRAIN + 32}"]
     done = launch(own_command(run_dir, *settings, ranks=ranks), project)
 
     assert done.returncode == 1
