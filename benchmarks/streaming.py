@@ -46,13 +46,13 @@ from torch.utils.data import DataLoader, RandomSampler
 from lrd import console, recipe
 from lrd.cores import available_cores
 from lrd.data.batches import normalize
-from lrd.data.choice import build_batches
 from lrd.data.datasets import load_dataset
 from lrd.data.decoding import simplejpeg
-from lrd.data.positions import seed_generators
+from lrd.data.positions import seed_for_sample
 from lrd.data.streaming.augmentation import Augmentation
 from lrd.data.streaming.packing import pack_folder
 from lrd.data.streaming.streamed import StreamedBatches
+from lrd.job.setup import build_batches
 from lrd.torchvision_compat import torchvision
 
 SIZE = 224  # pixels a side
@@ -230,7 +230,7 @@ def measure_lrd_stages(
     stages = Stages()
 
     def read(index: int) -> Tensor:
-        seed_generators(seed=0, epoch=0, index=index, only_torch=True)
+        seed_for_sample(seed=0, epoch=0, index=index)
         region: Tensor = source.read_region(index, augmentation.choose_region, size)
         return region
 

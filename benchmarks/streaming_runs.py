@@ -172,8 +172,14 @@ def read_step_times(run_dir: Path) -> list[float]:
 
 def measure_load(overrides: list[str]) -> float:
     """Measure the seconds in which a run finds, lists and fingerprints its images."""
+    output = run_to_end([sys.executable, "-c", _LOAD, RECIPE, *overrides])
+    return float(output.split()[-1])
+
+
+def run_to_end(command: list[str]) -> str:
+    """Run a command, which must succeed. Returns what it printed."""
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, RECIPE, *overrides],
+        command,
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -181,7 +187,7 @@ def measure_load(overrides: list[str]) -> float:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return float(done.stdout.split()[-1])
+    return done.stdout
 
 
 def measure_memory(folder: Path, counts: list[int], epoch_images: int, size: int) -> dict[str, Any]:
@@ -314,15 +320,7 @@ def measure_wait(folder: Path, steps: int, size: int) -> dict[str, Any]:
                 f"trainer.max_steps={steps}",
                 f"run_dir={Path(name) / 'run'}",
             ]
-            done = subprocess.run(
-                command(RANKS, target),
-                cwd=ROOT,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            run_to_end(command(RANKS, target))
             for rank in range(RANKS):
                 batches = json.loads(Path(f"{trace}-{rank}.json").read_text(encoding="utf-8"))
                 rows.append({"storage": storage, "rank": rank, **describe_wait(batches)})

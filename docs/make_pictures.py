@@ -73,12 +73,11 @@ FLOORS = [
         "1 ground",
         "#eceff1",
         [
-            Room("philox.py", "random bits", 0.95),
-            Room("console.py", "output", 0.95),
-            Room("errors.py", "exit statuses", 0.9),
-            Room("memory.py", "what there is", 0.9),
-            Room("cores.py", "how many", 0.8),
-            Room("torchvision_compat.py", "torchvision beside any torch", 1.95),
+            Room("philox", "random bits", 0.8),
+            Room("generators", "set, restored", 1.15),
+            Room("console, errors", "output, exit statuses", 1.6),
+            Room("files, memory, cores", "what the host has", 2.1),
+            Room("torchvision_compat", "torchvision anywhere", 1.9),
         ],
     ),
 ]

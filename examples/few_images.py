@@ -7,6 +7,7 @@ Start in the folder that contains `examples`. With few small images, 200 epochs 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,11 @@ def _read(folder: Path, image_size: int, per_class: int) -> tuple[Part, list[str
 
     pixels = []
     labels = []
+    taken: Counter[int] = Counter()
     for path, label in images.samples:  # sorted by class and name
-        if labels.count(label) == per_class:
+        if taken[label] == per_class:
             continue
+        taken[label] += 1
 
         image = images.loader(path).resize((image_size, image_size))
         pixels.append(np.asarray(image).transpose(2, 0, 1))  # (3, image_size, image_size)

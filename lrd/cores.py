@@ -9,6 +9,16 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS_CGROUP = Path("/proc/self/cgroup")
 
 
+def ranks_on_host() -> int:
+    """Number of ranks that a launcher has started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share_of_cores() -> int:
+    """Number of cores that this rank may use if the ranks of its host share them; at least 1."""
+    return max(1, int(available_cores()) // ranks_on_host())
+
+
 def available_cores() -> float:
     """Number of cores that this process may use.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from lrd import console
 from lrd.checkpoint import manifest, network_config, store
 from lrd.errors import UserError, first_line
+from lrd.files import sync
 
 SUFFIX = ".safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -183,7 +184,7 @@ def _copy_verified(source: Path, target: Path) -> None:
         OSError: it cannot be written, or it is not what the checkpoint's manifest says.
     """
     shutil.copyfile(source, target)
-    store.flush(target)
+    sync(target, drop_cache=True)
 
     expected = manifest.read_files(source.parent)[source.name]
     if manifest.measure(target) != expected:
@@ -192,4 +193,4 @@ def _copy_verified(source: Path, target: Path) -> None:
 
 def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    store.flush(path)
+    sync(path, drop_cache=True)

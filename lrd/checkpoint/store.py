@@ -35,6 +35,7 @@ from torch import Tensor
 
 from lrd.checkpoint import manifest, network_config
 from lrd.errors import UserError, first_line
+from lrd.files import sync
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -165,14 +166,14 @@ def save(run_dir: Path, state: TrainState) -> Path:
 
         # All bytes reach the disk before the rename makes them visible.
         for file in (*files, manifest.NAME):
-            flush(temporary / file)
-        flush(temporary)
+            sync(temporary / file, drop_cache=True)
+        sync(temporary, drop_cache=True)
 
         # If the process is killed between these two renames, recover_newest undoes the first.
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
-        flush(target.parent)
+        sync(target.parent, drop_cache=True)
 
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch wraps the system's error ("No space left on device") in one that says less.
@@ -465,17 +466,3 @@ def package_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": importlib.metadata.version("accelerate"),
     }
-
-
-def flush(path: Path) -> None:
-    """Flush a file or folder to the disk, and drop a file from the system's cache.
-
-    Without the second part, verifying the file afterwards would read the cache and not the disk.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise") and not path.is_dir():
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

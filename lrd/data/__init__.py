@@ -11,7 +11,6 @@
 | `folder_lock` | a lock that lets one process at a time download or decode |
 | `positions` | the order of an epoch and what is random, as functions of a position |
 | `batches` | training batches of images in memory |
-| `choice` | training batches from memory, or from worker processes |
 | `mixing` | mixup and CutMix of a batch |
 | `streaming` | images that worker processes read when they are needed |
 """

@@ -1,4 +1,6 @@
-"""Training batches of images in memory, as functions of a position.
+"""Training batches as functions of a position.
+
+Those of images in memory are here, and those that worker processes read in `lrd.data.streaming`.
 
 Tensor operations on the training device gather, augment and normalize a batch. torchvision's
 transforms are of no use here: they would draw one crop for a whole batch, and they draw it from a
@@ -19,7 +21,89 @@ from lrd.data.positions import BatchOrder, draw_shifts
 from lrd.memory import require_memory
 
 
-class Batches(BatchOrder):
+class TrainingBatches(BatchOrder):
+    """What training needs of its batches: in memory (`Batches`), or read by worker processes.
+
+    Below, B is `micro_batch_size`.
+
+    Args:
+        num_samples, batch_size, seed, rank, world_size, accumulation_steps: as for `BatchOrder`.
+        image_shape: of an input, (3, H, W).
+        mean: of each channel over the training set, from 0 to 255, float32 (3, 1, 1).
+        std: standard deviation of each channel, float32 (3, 1, 1).
+        mixing: mixes each sample with the one before it; None: they stay as they are.
+
+    Attributes:
+        image_shape, mean, std, mixing: the same; mean and std are on the training device.
+        end_step: the step before which batches need not be read ahead; None: it is not known.
+        wait_seconds: how long the training process has waited for images that are read.
+        num_replaced: images of this rank that took the place of one that could not be decoded.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        accumulation_steps: int,
+        *,
+        image_shape: tuple[int, int, int],
+        mean: Tensor,
+        std: Tensor,
+        mixing: Mixing | None,
+    ) -> None:
+        super().__init__(num_samples, batch_size, seed, rank, world_size, accumulation_steps)
+        self.image_shape = image_shape
+        self.mean = mean
+        self.std = std
+        self.mixing = mixing
+        self.end_step: int | None = None
+        self.wait_seconds = 0.0
+        self.num_replaced = 0
+
+    def micro_batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
+        """Make the batch that this rank has in a micro step.
+
+        Returns:
+            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), or what
+            `Mixing` makes of them; both on the training device.
+
+        Raises:
+            RankError: an image cannot be read, or a worker process died.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Scale each channel to mean 0 and variance 1 over the training set.
+
+        Args:
+            pixels: uint8 or float32 (any number, 3, H, W).
+
+        Returns:
+            float32 of the same shape.
+        """
+        return normalize(pixels, self.mean, self.std)
+
+    def _finish(self, pixels: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Normalize the samples of a batch, and mix them if the recipe says so.
+
+        Args:
+            pixels: (B, 3, H, W), or (B + 1, 3, H, W) to be mixed; see `Mixing.mix`.
+            labels: int64, as many.
+            step: the step of the batch.
+        """
+        inputs = self.normalize(pixels)
+        if self.mixing is not None:
+            return self.mixing.mix(inputs, labels, step)
+        return inputs, labels
+
+
+class Batches(TrainingBatches):
     """The training batches of one rank, from images in memory; see `BatchOrder` for their order.
 
     Below, N is the number of training images and B is `micro_batch_size`.
@@ -36,9 +120,6 @@ class Batches(BatchOrder):
     Attributes:
         images: the training images.
         padding: pixels of zero padding on each side of an image, before it is cropped.
-        mean: mean of each channel over the training set, float32 (3, 1, 1).
-        std: standard deviation of each channel over the training set, float32 (3, 1, 1).
-        image_shape: of an input, (3, H, W).
         shifts: function of the epoch: crop and flip of each sample, int64 (N, 3), on the host; see
             `draw_shifts`.
 
@@ -56,13 +137,20 @@ class Batches(BatchOrder):
         accumulation_steps: int = 1,
         mixing: Mixing | None = None,
     ) -> None:
+        mean, std = normalization(section, images.pixels)
         super().__init__(
-            len(images), section.batch_size, seed, rank, world_size, accumulation_steps
+            len(images),
+            section.batch_size,
+            seed,
+            rank,
+            world_size,
+            accumulation_steps,
+            image_shape=images.image_shape,
+            mean=mean,
+            std=std,
+            mixing=mixing,
         )
         self.images = images
-        self.mixing = mixing
-        self.mean, self.std = normalization(section, images.pixels)
-        self.image_shape = tuple(images.pixels.shape[1:])
 
         height, width = images.pixels.shape[2:]
         self.crop, self.flip, self.padding = crop_settings(section, width)
@@ -82,18 +170,14 @@ class Batches(BatchOrder):
         self._epoch_on_device = lru_cache(maxsize=2)(self._move_epoch_to_device)
 
     def micro_batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
-        """Make the batch that this rank has in a micro step.
-
-        Returns:
-            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), or what
-            `Mixing` makes of them; both on the training device.
-        """
+        """See `TrainingBatches`."""
         epoch, positions = self.locate(step, micro_step)
         order, crop_corners = self._epoch_on_device(epoch)  # int64 (N,), int64 (N,)
         samples = order[positions]  # int64 (B,)
         corners = crop_corners[positions]  # int64 (B,)
         if self.mixing is not None:
-            before = slice(self.position_before(positions), self.position_before(positions) + 1)
+            position = self.position_before(positions)
+            before = slice(position, position + 1)
             samples = torch.cat([order[before], samples])  # int64 (B + 1,)
             corners = torch.cat([crop_corners[before], corners])  # int64 (B + 1,)
 
@@ -103,24 +187,7 @@ class Batches(BatchOrder):
         if self.crop:
             pixels = self._crop_and_flip(pixels, corners)
 
-        inputs = self.normalize(pixels)
-        if self.mixing is not None:
-            return self.mixing.mix(inputs, labels, step)
-        return inputs, labels
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Scale each channel to mean 0 and variance 1 over the training set.
-
-        Args:
-            pixels: uint8 (any number, 3, H, W).
-
-        Returns:
-            float32 of the same shape.
-        """
-        return normalize(pixels, self.mean, self.std)
-
-    def close(self) -> None:
-        """There is nothing to close: no process reads ahead."""
+        return self._finish(pixels, labels, step)
 
     def _draw_shifts(self, epoch: int) -> Tensor:
         return draw_shifts(self.seed, epoch, 0, self.num_samples, self.padding, self.flip)

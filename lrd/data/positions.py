@@ -6,7 +6,6 @@ The order of an epoch is a function of (seed, epoch), and how a sample is change
 
 from __future__ import annotations
 
-import random
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lrd import philox
 from lrd.errors import UserError
+from lrd.generators import set_generators
 from lrd.philox import Domain
 
 
@@ -38,9 +38,6 @@ class BatchOrder:
     Attributes:
         micro_batch_size: samples in one micro step on one rank.
         steps_per_epoch: steps in one epoch.
-        end_step: the step before which batches need not be read ahead; None: it is not known.
-        wait_seconds: how long the training process has waited for images that are read.
-        num_replaced: images of this rank that took the place of one that could not be decoded.
         order: function of the epoch: the order of its samples, int64 (N,), on the host.
 
     Raises:
@@ -66,9 +63,6 @@ class BatchOrder:
         self.accumulation_steps = accumulation_steps
         self.micro_batch_size = batch_size // (world_size * accumulation_steps)
         self.steps_per_epoch = num_samples // batch_size
-        self.end_step: int | None = None
-        self.wait_seconds = 0.0
-        self.num_replaced = 0
 
         # The cache holds two epochs, so that an epoch is still there while the next one begins.
         self.order = lru_cache(maxsize=2)(self._draw_order)
@@ -184,20 +178,13 @@ def generator(seed: int, epoch: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(word)
 
 
-def seed_generators(seed: int, epoch: int, index: int, only_torch: bool = False) -> None:
+def seed_for_sample(seed: int, epoch: int, index: int) -> None:
     """Seed the global generators for one sample in one epoch; torch's as `generator` does.
 
     Args:
         seed, epoch, index: as for `generator`.
-        only_torch: leave those of NumPy and Python alone; that takes a third of the time.
     """
-    word, numpy_word, python_word = _draw_words(seed, epoch, index)
-
-    # torch.manual_seed would do this a hundred times as slowly: it formats a stack for CUDA.
-    torch.default_generator.manual_seed(word)
-    if not only_torch:
-        np.random.seed([numpy_word & 0xFFFFFFFF, numpy_word >> 32])
-        random.seed(python_word)
+    set_generators(*_draw_words(seed, epoch, index))
 
 
 def _draw_words(seed: int, epoch: int, index: int) -> tuple[int, int, int]:

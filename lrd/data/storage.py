@@ -9,6 +9,7 @@ from typing import Literal
 
 from lrd import console
 from lrd import recipe as recipes
+from lrd.cores import ranks_on_host
 from lrd.data.decoding import open_image, upright
 from lrd.data.image_folder import is_image_name, list_classes
 from lrd.errors import UserError
@@ -101,7 +102,6 @@ def _changes_single_images(section: recipes.Data) -> bool:
 
 def _bytes_in_memory(section: recipes.Data) -> int:
     """What the images would take on this host, where each rank has all of them."""
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     root = Path(section.root)
     size = section.image_size
 
@@ -115,7 +115,7 @@ def _bytes_in_memory(section: recipes.Data) -> int:
             num_images += len(files)
             if size is None and files:
                 size = _height_of_first(sorted(Path(entry.path) for entry in files))
-    return num_images * 3 * (size or 0) ** 2 * ranks_on_host
+    return num_images * 3 * (size or 0) ** 2 * ranks_on_host()
 
 
 def _height_of_first(files: list[Path]) -> int | None:

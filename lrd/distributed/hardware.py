@@ -10,7 +10,7 @@ import torch
 
 from lrd import console
 from lrd import recipe as recipes
-from lrd.cores import available_cores
+from lrd.cores import share_of_cores
 from lrd.errors import UserError
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
@@ -123,8 +123,7 @@ def limit_threads() -> None:
     its share. Accelerate sets it to the host's cores divided by the ranks, however few of these
     cores a container, `taskset` or SLURM leaves to this process.
     """
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, int(available_cores()) // ranks_on_host)
+    share = share_of_cores()
     if torch.get_num_threads() > share:
         torch.set_num_threads(share)
 

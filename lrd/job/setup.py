@@ -19,13 +19,16 @@ from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir, read_status
 from lrd.checkpoint.transfer import fetch_newest
 from lrd.data import datasets
-from lrd.data.choice import AnyBatches, build_batches
+from lrd.data.batches import Batches, TrainingBatches
+from lrd.data.images import Images, Part
+from lrd.data.mixing import build_mixing
 from lrd.distributed import communication, hardware
 from lrd.distributed.accelerator import start_rank
 from lrd.distributed.gradient_compression import bf16_all_reduce_hook
 from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError, first_line
+from lrd.generators import preserved_generators
 from lrd.job import sharding
 from lrd.job.ema import WeightAverage
 from lrd.job.progress import describe_start
@@ -34,7 +37,6 @@ from lrd.parts.checks import check_optimizer, check_schedule
 from lrd.parts.losses import build_loss, check_loss
 from lrd.parts.models import build_model, check_model, residual_blocks
 from lrd.parts.optimizers import build_optimizer
-from lrd.parts.random_layers import preserved_generators
 from lrd.parts.schedules import Schedule, depends_on_length, total_steps
 from lrd.parts.sync_batchnorm import convert_sync_batchnorm
 from lrd.parts.weights import load_weights
@@ -210,8 +212,47 @@ def build_job(
     )
 
 
+def build_batches(
+    images: Part, recipe: recipes.Recipe, num_classes: int, rank: int, world_size: int
+) -> TrainingBatches:
+    """The training batches of one rank, from images in memory or from those that are read.
+
+    Args:
+        images: the training images, on the training device.
+        recipe: the recipe.
+        num_classes: size of the network's output.
+        rank: the rank whose part of each batch this is.
+        world_size: the number of ranks.
+
+    Raises:
+        UserError: the batch cannot be split evenly, or it is larger than the training set.
+    """
+    mixing = build_mixing(recipe.data, num_classes, recipe.seed)
+    accumulation_steps = recipe.trainer.accumulation_steps
+    if isinstance(images, Images):
+        return Batches(
+            images, recipe.data, recipe.seed, rank, world_size, accumulation_steps, mixing
+        )
+
+    from lrd.data.streaming.streamed import (  # only here: it takes a while
+        StreamedBatches,
+        StreamedImages,
+    )
+
+    assert isinstance(images, StreamedImages)
+    return StreamedBatches(
+        images,
+        recipe.data.batch_size,
+        recipe.seed,
+        rank,
+        world_size,
+        accumulation_steps,
+        mixing,
+    )
+
+
 def _require_values_for_batchnorm(
-    model: nn.Module, recipe: recipes.Recipe, batches: AnyBatches
+    model: nn.Module, recipe: recipes.Recipe, batches: TrainingBatches
 ) -> None:
     """Refuse a network whose BatchNorm would have one value for each channel: it needs two."""
     if recipe.model.sync_batchnorm and batches.world_size > 1:

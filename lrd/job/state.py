@@ -19,7 +19,7 @@ from lrd import recipe as recipes
 from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.run_dir import RunDir
-from lrd.data.choice import AnyBatches
+from lrd.data.batches import TrainingBatches
 from lrd.data.images import Dataset, storage_of_fingerprint
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
@@ -73,7 +73,7 @@ class Job:
     recipe: recipes.Recipe
     accelerator: Accelerator
     dataset: Dataset
-    batches: AnyBatches
+    batches: TrainingBatches
     raw_model: nn.Module
     ddp_model: nn.Module
     raw_optimizer: Optimizer

@@ -23,8 +23,9 @@ from torch.nn.parameter import is_lazy
 
 from lrd import recipe as recipes
 from lrd.errors import UserError, first_line, summarize
+from lrd.generators import preserved_generators, seeded_generators
 from lrd.optim.tensor_bits import as_integers
-from lrd.parts.random_layers import preserved_generators, read_generators, seeded_generators
+from lrd.parts.random_layers import read_generators
 from lrd.parts.resnet import ARCHITECTURES, ResNet, require_memory_of_resnet
 from lrd.recipe import named
 from lrd.torchvision_compat import torchvision

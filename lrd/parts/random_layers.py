@@ -8,8 +8,6 @@ else that is random in a run.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 
 from lrd import philox
 from lrd import recipe as recipes
+from lrd.generators import set_generators
 from lrd.philox import Domain
 from lrd.recipe.schema import is_own
 
@@ -43,44 +42,10 @@ def seed_generators(seed: int, step: int, micro_step: int, rank: int, device: to
     position = (step, micro_step, rank)
     words = philox.words(seed, Domain.LAYERS, position, first_block=0, n_blocks=1).tolist()
 
-    # torch.manual_seed would do this a hundred times as slowly: it formats a stack for CUDA.
-    torch.default_generator.manual_seed(words[0])
+    set_generators(words[0], words[1], words[2])
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(words[0])
-
-    np.random.seed([words[1] & 0xFFFFFFFF, words[1] >> 32])
-    random.seed(words[2])
-
-
-@contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Within this context the global generators begin at a seed; after it they are as before.
-
-    Args:
-        seed: in [0, 2**64), for torch, NumPy and Python.
-    """
-    with preserved_generators():
-        # torch.manual_seed would also seed the generator of every GPU.
-        torch.default_generator.manual_seed(seed)
-        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-        random.seed(seed)
-        yield
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """After this context the global generators of torch, NumPy and Python are as before."""
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
-    has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    gpus = [torch.cuda.current_device()] if has_gpu else []
-    try:
-        with torch.random.fork_rng(gpus):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 def read_generators(device: torch.device) -> tuple[object, ...]:

@@ -7,5 +7,4 @@
 | `event_file` | TensorBoard's files: a writer and a reader |
 | `metrics_file` | `metrics.csv`, the same values as a table |
 | `lost_records` | finds the steps whose records are lost |
-| `file_writes` | writes that a full disk or a kill may interrupt |
 """

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lrd.tracking import file_writes
+from lrd import files
 
 _SECONDS_BETWEEN_FLUSHES = 5.0
 
@@ -67,14 +67,14 @@ class EventFile:
             OSError: they could not be written; the error names the file. The records are kept, and
                 the next flush tries again.
         """
-        self._valid_size = file_writes.append(self.path, self._pending.getvalue(), self._valid_size)
+        self._valid_size = files.append(self.path, self._pending.getvalue(), self._valid_size)
         self._pending.seek(0)
         self._pending.truncate()
         self._last_flush = time.monotonic()
 
     def sync(self) -> None:
         """Wait until all flushed records are on the disk."""
-        file_writes.sync(self.path)
+        files.sync(self.path)
 
     def _append(self, event: Event) -> None:
         event.wall_time = time.time()

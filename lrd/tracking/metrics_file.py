@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrd import console
-from lrd.tracking import file_writes
+from lrd import console, files
 from lrd.tracking.event_file import read_scalars
 
 FILE_NAME = "metrics.csv"
@@ -59,7 +58,7 @@ class MetricsFile:
         self._last_flush = time.monotonic()  # seconds
 
         if step == 0:
-            self._size = file_writes.replace(self.path, _format_header([]))
+            self._size = files.replace(self.path, _format_header([]))
         else:
             self._continue(step)
 
@@ -102,14 +101,14 @@ class MetricsFile:
             self._rewrite()
         else:
             content = b"".join(self._format_row(step, row) for step, row in self._rows.items())
-            self._size = file_writes.append(self.path, content, self._size)
+            self._size = files.append(self.path, content, self._size)
 
         self._last_step = max(self._rows)
         self._rows.clear()
 
     def sync(self) -> None:
         """Wait until all flushed rows are on the disk."""
-        file_writes.sync(self.path)
+        files.sync(self.path)
 
     def _continue(self, step: int) -> None:
         """Go on with the file of an earlier start, of which only rows up to `step` count."""
@@ -137,7 +136,7 @@ class MetricsFile:
         self._last_step = last_step
         self._size = end
         if end < len(content):
-            file_writes.replace(self.path, content[:end])
+            files.replace(self.path, content[:end])
 
     def _rebuild(self, step: int) -> None:
         """Write the file again from the event files, up to `step`."""
@@ -153,7 +152,7 @@ class MetricsFile:
             if 0 < point_step <= step:
                 self._rows.setdefault(point_step, {})[tag] = value
 
-        file_writes.replace(self.path, _format_header([]))
+        files.replace(self.path, _format_header([]))
         self._rewrite()
         self._last_step = max(self._rows, default=0)
         self._rows.clear()
@@ -185,7 +184,7 @@ class MetricsFile:
             content.append(self._format_row(row_step, row, earlier))
 
         try:
-            self._size = file_writes.replace(self.path, b"".join(content))
+            self._size = files.replace(self.path, b"".join(content))
         except OSError:
             self._tags = old_tags  # the file still has these columns
             raise

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 
 from lrd import recipe as recipes
-from lrd.checkpoint import manifest, network_config, store
+from lrd.checkpoint import export, manifest, network_config, store
 from lrd.checkpoint.export import export_weights, find_checkpoint
 from lrd.errors import UserError
 from tests.helpers.checkpoints import content, flip_a_bit, listed, make_state
@@ -196,7 +196,7 @@ def test_a_failed_export_leaves_the_old_one_untouched(
 
 def test_a_copy_that_the_disk_changes_is_noticed(tmp_path, publish, monkeypatch):
     run_dir = publish(1)
-    monkeypatch.setattr(store, "flush", flip_a_bit)
+    monkeypatch.setattr(export, "sync", lambda path, drop_cache: flip_a_bit(path))
     line = refused(run_dir, tmp_path / "w.safetensors")
     assert "the copy differs from the checkpoint" in line
     assert left(tmp_path) == ["run"]

@@ -13,8 +13,8 @@ from PIL import Image
 
 import lrd
 from lrd import recipe as recipes
-from lrd.data.choice import build_batches
 from lrd.data.datasets import load_dataset
+from lrd.job.setup import build_batches
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 NUM_TRAINING_IMAGES = 16

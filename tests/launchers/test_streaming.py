@@ -24,10 +24,10 @@ from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.checkpoint.run_dir import read_status
 from lrd.cli.app import app
-from lrd.data.choice import build_batches
 from lrd.data.datasets import load_dataset
 from lrd.data.positions import BatchOrder
 from lrd.errors import EXIT_STOPPED
+from lrd.job.setup import build_batches
 from tests.helpers.equality import assert_same_final_state, metrics_without_speed
 from tests.helpers.launching import (
     TIMEOUT,

@@ -11,11 +11,11 @@ from torch import nn
 
 from lrd import philox
 from lrd import recipe as recipes
+from lrd.generators import seeded_generators
 from lrd.parts.random_layers import (
     needs_seeds,
     read_generators,
     seed_generators,
-    seeded_generators,
 )
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lrd.tracking import file_writes, metrics_file
+from lrd import files
+from lrd.tracking import metrics_file
 from lrd.tracking.metrics_file import MetricsFile, read_rows
 from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.processes import in_child
@@ -215,7 +216,7 @@ def test_add_does_not_fail_on_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(file_writes, "append", refuse)
+        patch.setattr(files, "append", refuse)
         for step in range(2, 6):
             clock.now += 6
             write_steps(metrics, step)

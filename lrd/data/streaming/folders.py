@@ -89,11 +89,11 @@ def _open_packs(root: Path, section: recipes.Data) -> tuple[dict[str, Source], t
         if folder.is_dir() and index_folder(folder).digest != pack.source_digest:
             raise UserError(
                 f"data.storage: is 'packed', but the files in {folder} are not those that were "
-                f"packed; pack them again: lrd data pack {root}"
+                f"packed; pack them again: lrd data pack {root} --size {pack.size}"
             )
 
-        needed = section.evaluation_resize(section.image_size or pack.size)
-        needed = needed or section.image_size or pack.size
+        size = section.image_size or pack.size
+        needed = section.evaluation_resize(size) or size
         if pack.size < needed:
             raise UserError(
                 f"data.storage: the packed images of {root} have {pack.size} pixels on their "
@@ -177,7 +177,9 @@ def _measure_statistics(
     plain = section.model_copy(update={"mean": None, "std": None})
     mean, std = normalization(plain, torch.stack(images))
     values = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
-    temporary = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.tmp")
+    temporary = cache.with_name(
+        f"{cache.name}.{uuid.uuid4().hex}.tmp"
+    )  # hosts may share the folder
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(seal(values))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import signal
 import sys
 import threading
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _remove_worker_pids
@@ -26,9 +24,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lrd import recipe as recipes
-from lrd.cores import available_cores
+from lrd.cores import share_of_cores
 from lrd.data.streaming.readers import Reader, Sample, SampleError
 from lrd.errors import RankError, describe_error, first_line
+from lrd.generators import preserved_generators
 from lrd.recipe.named import last_line_in_file
 
 _PREFETCHED_BATCHES = 2  # of each worker
@@ -148,9 +147,7 @@ def count_workers(section: recipes.Data) -> int:
     """The recipe's number of workers, or the rank's share of the cores of its host."""
     if section.workers is not None:
         return section.workers
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = int(available_cores()) // ranks_on_host
-    return max(1, min(_MOST_WORKERS, share))
+    return min(_MOST_WORKERS, share_of_cores())
 
 
 class _ReaderDataset(TorchDataset[Sample | Failure]):
@@ -274,16 +271,3 @@ def _describe_end(exit_code: int) -> str:
         f"a worker process that loads images was killed by signal {number} "
         f"({signal.strsignal(number)}); {advice}"
     )
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """After this context the global generators of torch, NumPy and Python are as before."""
-    numpy_state = np.random.get_state()
-    python_state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

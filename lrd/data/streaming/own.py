@@ -12,11 +12,12 @@ from torch import Tensor
 from lrd import recipe as recipes
 from lrd.data.batches import normalization
 from lrd.data.images import Dataset
-from lrd.data.streaming.loader import Loader, Position, count_workers, preserved_generators
+from lrd.data.streaming.loader import Loader, Position, count_workers
 from lrd.data.streaming.own_reader import OwnReader
 from lrd.data.streaming.readers import Sample, SampleError
 from lrd.data.streaming.streamed import StreamedImages
 from lrd.errors import UserError
+from lrd.generators import preserved_generators
 
 _SAMPLES_IN_DIGEST = 8
 _SAMPLES_FOR_STATISTICS = 256

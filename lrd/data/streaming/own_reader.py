@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lrd.data.decoding import to_rgb
-from lrd.data.positions import seed_generators
+from lrd.data.positions import seed_for_sample
 from lrd.data.streaming.readers import Sample, SampleError
 from lrd.errors import describe_error
 from lrd.recipe.named import last_line_in_file
@@ -31,11 +31,11 @@ class OwnReader:
         dataset: has a length, and returns an image and its label for an index.
         name: what messages call it.
         seed: the seed of the recipe.
-        indices: of the samples that are to be read; None: all.
+        indices: of the samples that are to be read, int64 (N,); None: all.
     """
 
     def __init__(
-        self, dataset: Any, name: str, seed: int, indices: list[int] | None = None
+        self, dataset: Any, name: str, seed: int, indices: NDArray[np.int64] | None = None
     ) -> None:
         self._dataset = dataset
         self._name = name
@@ -60,11 +60,9 @@ class OwnReader:
             text = f"len() failed: {describe_error(error)}{where}"
             raise SampleError(f"data.dataset: {self._name}: {text}") from None
 
-    def select(self, indices: Any) -> OwnReader:
-        """A reader of the samples with these indices."""
-        chosen = [int(index) for index in indices]
-        if self._indices is not None:
-            chosen = [self._indices[index] for index in chosen]
+    def select(self, indices: NDArray[np.int64]) -> OwnReader:
+        """A reader of the samples with these indices, int64 (M,)."""
+        chosen = indices if self._indices is None else self._indices[indices]
         reader = OwnReader(self._dataset, self._name, self._seed, chosen)
         reader.expect(self._shape, self._dtype, self._num_classes)
         return reader
@@ -82,8 +80,8 @@ class OwnReader:
 
     def read(self, epoch: int | None, index: int) -> Sample:
         """See `Reader`."""
-        own_index = index if self._indices is None else self._indices[index]
-        seed_generators(self._seed, _EVALUATION_EPOCH if epoch is None else epoch, own_index)
+        own_index = index if self._indices is None else int(self._indices[index])
+        seed_for_sample(self._seed, _EVALUATION_EPOCH if epoch is None else epoch, own_index)
         try:
             item = self._dataset[own_index]
         except (Exception, SystemExit) as error:  # whatever the user's code raises

@@ -7,7 +7,6 @@ these and goes on after them.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections import deque
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lrd import console
+from lrd import console, files
 from lrd.cores import available_cores
 from lrd.data.datasets import check_folders
 from lrd.data.decoding import UnreadableImageError, open_image, read_shrunk, size_before_cut
@@ -505,13 +504,9 @@ def _whole_file(path: Path) -> Iterator[BufferedWriter]:
     try:
         with temporary.open("wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            if hasattr(os, "posix_fadvise"):
-                # What is read back later shall come from the disk, not from the system's cache.
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        files.sync(temporary, drop_cache=True)  # it is read back later
         temporary.replace(path)
-        _sync(path.parent)
+        files.sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -520,12 +515,3 @@ def _whole_file(path: Path) -> Iterator[BufferedWriter]:
                 f"{path}: cannot be written: {first_line(error)}; the same command goes on there"
             ) from None
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lrd import recipe as recipes
 from lrd.data.batches import crop_settings
 from lrd.data.decoding import UnreadableImageError
-from lrd.data.positions import draw_shifts, seed_generators
+from lrd.data.positions import draw_shifts, seed_for_sample
 from lrd.data.streaming.augmentation import Augmentation
 from lrd.data.streaming.sources import Source
 
@@ -98,11 +98,6 @@ class ImageReader:
         """The index in the source of an image with an index from 0 to `len(self) - 1`."""
         return index if self._indices is None else int(self._indices[index])
 
-    def labels(self) -> Tensor:
-        """The label of each image, int64 (N,)."""
-        labels = self.source.labels if self._indices is None else self.source.labels[self._indices]
-        return torch.from_numpy(labels.astype(np.int64))
-
     def read(self, epoch: int | None, index: int) -> Sample:
         """See `Reader`.
 
@@ -131,7 +126,7 @@ class ImageReader:
         if epoch is None:
             resize = self._section.evaluation_resize(self.size)
             return self.source.read_centre(source_index, self.size, resize)
-        seed_generators(self._seed, epoch, index, only_torch=True)
+        seed_for_sample(self._seed, epoch, index)
 
         augmentation = self._augmentation
         if augmentation.crops:

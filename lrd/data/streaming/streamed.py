@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lrd import console
-from lrd.data.batches import normalize
+from lrd.data.batches import TrainingBatches
 from lrd.data.mixing import Mixing
-from lrd.data.positions import BatchOrder
 from lrd.data.streaming.loader import Loader, Position
 from lrd.data.streaming.readers import Reader
 
@@ -109,7 +108,7 @@ class StreamedImages:
         digest.update(f"{self.digest} {len(self)} {self.image_shape} {self.dtype}".encode())
 
 
-class StreamedBatches(BatchOrder):
+class StreamedBatches(TrainingBatches):
     """The training batches of one rank, read ahead by workers; see `BatchOrder` for their order.
 
     Batches that are asked for in their order have been read already, as far as the workers keep
@@ -126,8 +125,6 @@ class StreamedBatches(BatchOrder):
 
     Attributes:
         images: the training images.
-        image_shape: of an input, (3, H, W).
-        mean, std: of each channel, float32 (3, 1, 1), on the training device.
 
     Raises:
         UserError: the batch cannot be split evenly, or it is larger than the training set.
@@ -143,25 +140,24 @@ class StreamedBatches(BatchOrder):
         accumulation_steps: int = 1,
         mixing: Mixing | None = None,
     ) -> None:
-        super().__init__(len(images), batch_size, seed, rank, world_size, accumulation_steps)
+        super().__init__(
+            len(images),
+            batch_size,
+            seed,
+            rank,
+            world_size,
+            accumulation_steps,
+            image_shape=images.image_shape,
+            mean=images.mean.to(images.device),
+            std=images.std.to(images.device),
+            mixing=mixing,
+        )
         self.images = images
-        self.mixing = mixing
-        self.image_shape = images.image_shape
-        self.mean = images.mean.to(images.device)
-        self.std = images.std.to(images.device)
         self._loader: Loader | None = None
         self._next = (0, 0)  # step and micro step of the loader's next batch
 
     def micro_batch(self, step: int, micro_step: int = 0) -> tuple[Tensor, Tensor]:
-        """Make the batch that this rank has in a micro step.
-
-        Returns:
-            The normalized inputs, float32 (B, 3, H, W), and the labels, int64 (B,), or what
-            `Mixing` makes of them; both on the training device.
-
-        Raises:
-            RankError: an image cannot be read, or a worker process died.
-        """
+        """See `TrainingBatches`."""
         start = time.perf_counter()
         if self._loader is None or (step, micro_step) != self._next:
             self.close()
@@ -175,18 +171,11 @@ class StreamedBatches(BatchOrder):
         self.num_replaced += len(unreadable)
         _report_unreadable(unreadable)
 
-        inputs = self.normalize(_move(pixels, self.images.device))
-        labels = _move(labels, self.images.device)
-        if self.mixing is not None:
-            return self.mixing.mix(inputs, labels, step)
-        return inputs, labels
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Scale each channel to mean 0 and variance 1, see `lrd.data.batches.normalize`."""
-        return normalize(pixels, self.mean, self.std)
+        device = self.images.device
+        return self._finish(_move(pixels, device), _move(labels, device), step)
 
     def close(self) -> None:
-        """End the workers."""
+        """See `TrainingBatches`."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None

@@ -20,11 +20,11 @@ from torchvision.transforms import v2
 
 import lrd.data
 from lrd import recipe as recipes
-from lrd.data.choice import build_batches
 from lrd.data.datasets import count_training_images, load_dataset
-from lrd.data.positions import seed_generators
+from lrd.data.positions import seed_for_sample
 from lrd.data.streaming.streamed import StreamedBatches, StreamedImages
 from lrd.errors import UserError
+from lrd.job.setup import build_batches
 
 SEED = 4
 SIZE = 8
@@ -330,7 +330,7 @@ def test_the_generators_begin_at_the_samples_position(own):
         kept = train.reader._indices
         expected = []
         for index in batches.indices(step).tolist():
-            seed_generators(SEED, epoch, kept[index])
+            seed_for_sample(SEED, epoch, int(kept[index]))
             expected.append(draw_from_all(kept[index])[0])
         inputs, _ = batches.micro_batch(step)
         assert torch.equal(inputs, batches.normalize(torch.stack(expected)))

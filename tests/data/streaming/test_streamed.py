@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lrd import recipe as recipes
-from lrd.data.batches import Batches
-from lrd.data.choice import AnyBatches, build_batches
+from lrd.data.batches import Batches, TrainingBatches
 from lrd.data.datasets import load_dataset
 from lrd.data.images import Dataset, Part
 from lrd.data.streaming import streamed
 from lrd.data.streaming.streamed import StreamedBatches, StreamedImages
 from lrd.errors import UserError
+from lrd.job.setup import build_batches
 from tests.helpers.image_files import save_image_folder
 
 CLASSES = 3
@@ -34,7 +34,7 @@ RANDOM = {"augment": "resized_crop", "trivial_augment": True, "random_erasing": 
 # Of torch, on a host with fewer than four cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 
-opened: list[AnyBatches] = []
+opened: list[TrainingBatches] = []
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def recipe_of(root: Path, storage: str, accumulation_steps: int = 1, **values) -
 
 def make_batches(
     root: Path, storage: str, rank: int = 0, world_size: int = 1, **values
-) -> AnyBatches:
+) -> TrainingBatches:
     recipe = recipe_of(root, storage, **values)
     train = load_dataset(recipe.data, recipe.seed).train
     batches = build_batches(train, recipe, CLASSES, rank, world_size)
@@ -74,7 +74,7 @@ def make_batches(
     return batches
 
 
-def read_steps(batches: AnyBatches, steps: range) -> list[tuple[Tensor, Tensor]]:
+def read_steps(batches: TrainingBatches, steps: range) -> list[tuple[Tensor, Tensor]]:
     micro_steps = range(batches.accumulation_steps)
     return [batches.micro_batch(step, micro_step) for step in steps for micro_step in micro_steps]
 

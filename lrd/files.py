@@ -1,4 +1,4 @@
-"""Writes to files that grow, which a full disk or a kill may interrupt anywhere."""
+"""Writes to files, which a full disk or a kill may interrupt anywhere."""
 
 from __future__ import annotations
 
@@ -57,10 +57,17 @@ def replace(path: Path, content: bytes) -> int:
     return len(content)
 
 
-def sync(path: Path) -> None:
-    """Wait until all that was written to a file is on the disk."""
+def sync(path: Path, drop_cache: bool = False) -> None:
+    """Wait until all that was written to a file, or the names in a folder, are on the disk.
+
+    Args:
+        drop_cache: also drop a file from the system's cache. Who verifies it afterwards would
+            otherwise read the cache and not the disk.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if drop_cache and hasattr(os, "posix_fadvise") and not path.is_dir():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
