@@ -1,4 +1,4 @@
-"""Packed images: decoded and resized once by `lrd data pack`, then read from memory-mapped files.
+"""Packed images: decoded and resized once by `lrd data pack`, then read from a few large files.
 
     <root>/.lrd-pack/<part>/
         shard-00000.bin    images one after the other, each uint8 (height, width, 3)
@@ -11,21 +11,24 @@
         name_end.npy       where in them each name ends, int64 (N,)
         pack.json          size, classes, what was packed, SHA-256 of all shards and arrays
 
-`pack.json` is written last: without it a pack is incomplete. The processes of a host share what
-they map. Nothing of it counts as memory of theirs for longer than an image is read.
+`pack.json` is written last: without it a pack is incomplete.
+
+The arrays are mapped into memory, so the processes of a host share them. The pixels are not: where
+a mapped file is truncated, or its disk fails, the kernel kills the process with SIGBUS, and
+nobody can say which file it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shlex
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +54,14 @@ PARTS = ("train", "test")
 VERSION = 1
 ARRAYS = ("offset", "shard", "height", "width", "label", "name", "name_end")
 
-# Python keeps a file open for each mapping; a process may often open no more than 1,024.
-_MOST_MAPPED_SHARDS = 256
+# A process may often open no more than 1,024 files.
+_MOST_OPEN_SHARDS = 256
 
 
 class PackedSource:
     """The images of a part of a data set, packed; a `lrd.data.streaming.sources.Source`.
 
-    It may be forked and pickled: another process maps the files itself.
+    It may be forked and pickled: another process opens the files itself.
 
     Args:
         folder: `<root>/.lrd-pack/<part>`.
@@ -105,7 +108,7 @@ class PackedSource:
             uint8 (3, height, width) of the region.
 
         Raises:
-            UserError: the shard is gone.
+            UserError: the shard is gone, truncated or unreadable.
         """
         height, width = self._shape(index)
         return torch.from_numpy(self._read(index, choose(height, width))).permute(2, 0, 1)
@@ -119,7 +122,7 @@ class PackedSource:
             uint8 (3, size, size).
 
         Raises:
-            UserError: the shard is gone.
+            UserError: the shard is gone, truncated or unreadable.
         """
         height, width = self._shape(index)
         if size_before_cut(height, width, size, size, resize) == (width, height):
@@ -144,39 +147,35 @@ class PackedSource:
         return int(self._heights[index]), int(self._widths[index])
 
     def _read(self, index: int, region: Region) -> NDArray[np.uint8]:
-        """Copy a region of an image, uint8 (height, width, 3)."""
+        """Read a region of an image, uint8 (height, width, 3)."""
         width = int(self._widths[index])
-        shard = self._mapped_shard(int(self._shards[index]))
+        rows = np.empty((region.height, width, 3), dtype=np.uint8)
+        offset = int(self._offsets[index]) + 3 * width * region.top
+        self._read_shard(int(self._shards[index]), offset, rows)
+        return np.ascontiguousarray(rows[:, region.left : region.left + region.width])
 
-        start = int(self._offsets[index]) + 3 * width * region.top
-        num_bytes = 3 * width * region.height
-        first_page = start - start % mmap.PAGESIZE
-        pages = (first_page, start + num_bytes - first_page)
-
-        # The kernel stops reading ahead in a file that is read in random order. Each page would
-        # then be a request to the disk of its own.
-        shard.madvise(mmap.MADV_WILLNEED, *pages)
-        rows = np.frombuffer(shard, dtype=np.uint8, count=num_bytes, offset=start)
-        rows = rows.reshape(region.height, width, 3)
-        copy = np.array(rows[:, region.left : region.left + region.width])
-
-        # The pages stay in the system's cache, but do not count as this process's memory.
-        shard.madvise(mmap.MADV_DONTNEED, *pages)
-        return copy
-
-    def _map_shard(self, number: int) -> mmap.mmap:
+    def _read_shard(self, number: int, offset: int, rows: NDArray[np.uint8]) -> None:
+        """Fill `rows` with what is in a shard from a byte on."""
         path = self.shard_path(number)
+        remaining = rows.reshape(-1).data
         try:
-            with path.open("rb") as stream:
-                shard = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: it is empty
+            shard = self._open_shard(number)
+            while remaining:
+                # Forked workers share the position of an open file, so it must not be used.
+                num_read = os.preadv(shard.fileno(), [remaining], offset)
+                if num_read == 0:
+                    raise self._wrong_size_error(number, os.fstat(shard.fileno()).st_size)
+                remaining = remaining[num_read:]
+                offset += num_read
+        except OSError as error:
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
 
-        if len(shard) != self.shard_bytes[number]:
-            raise _damage_error(
-                path, f"has {len(shard)} bytes, should have {self.shard_bytes[number]}", self.size
-            )
-        return shard
+    def _open_new_shard(self, number: int) -> FileIO:
+        return FileIO(self.shard_path(number))
+
+    def _wrong_size_error(self, number: int, num_bytes: int) -> UserError:
+        what = f"has {num_bytes} bytes, should have {self.shard_bytes[number]}"
+        return _damage_error(self.shard_path(number), what, self.size)
 
     def _check_files(self, array_digests: dict[str, str]) -> None:
         """Check the sizes of the shards, and the contents of the arrays."""
@@ -187,8 +186,7 @@ class PackedSource:
             except OSError as error:
                 raise _damage_error(path, first_line(error), self.size) from None
             if found != num_bytes:
-                what = f"has {found} bytes, should have {num_bytes}"
-                raise _damage_error(path, what, self.size)
+                raise self._wrong_size_error(number, found)
 
         for name in ARRAYS:
             path = self.folder / f"{name}.npy"
@@ -212,11 +210,11 @@ class PackedSource:
         self._widths: NDArray[np.uint16] = arrays["width"]
         self._names: NDArray[np.uint8] = arrays["name"]
         self._name_ends: NDArray[np.int64] = arrays["name_end"]
-        self._mapped_shard = lru_cache(maxsize=_MOST_MAPPED_SHARDS)(self._map_shard)
+        self._open_shard = lru_cache(maxsize=_MOST_OPEN_SHARDS)(self._open_new_shard)
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = ("labels", "_offsets", "_shards", "_heights", "_widths", "_names", "_name_ends")
-        left_behind = (*mapped, "_mapped_shard")
+        left_behind = (*mapped, "_open_shard")
         return {name: value for name, value in vars(self).items() if name not in left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
