@@ -39,6 +39,7 @@ from lrd.job.profiler import profile_steps
 from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
+from lrd.job.survivor import save_state, saving_in_background
 from lrd.memory import is_out_of_memory
 from lrd.recipe import named
 
@@ -64,7 +65,7 @@ def train(job: Job, signals: StopSignals) -> int:
             console.info(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
 
         while job.step < job.total_steps and not stop_signal:
-            guard.save_buffers()
+            job.buffers.take(job.step)
             loss, accuracy = forward_backward(job)
             grad_norm = clip_gradients(job)
 
@@ -88,6 +89,7 @@ def train(job: Job, signals: StopSignals) -> int:
 
             # The lr of this step, before the schedule changes it.
             lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
+            job.is_updating = True
             if not is_skipped:
                 progress.before_step()
                 job.accelerated_optimizer.step()  # the mask decides which elements move
@@ -100,6 +102,7 @@ def train(job: Job, signals: StopSignals) -> int:
             job.roll_call.step = job.step
             if job.step % job.batches.steps_per_epoch == 0:
                 job.schedule.end_epoch()
+            job.is_updating = False
 
             progress.after_step(lrs, grad_norm, is_skipped)
             stop_signal = end_step(job, progress, signals, stop_signal)
@@ -119,9 +122,6 @@ def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
     accumulation_steps = job.recipe.trainer.accumulation_steps
     loss = torch.zeros((), device=job.accelerator.device)
     accuracy = torch.zeros((), device=job.accelerator.device)
-    if job.is_sharded:  # DDP does this by itself
-        communication.broadcast_buffers(job.raw_model)
-
     for micro_step in range(accumulation_steps):
         inputs, labels = job.load_micro_batch(job.step, micro_step)
         job.seed_layers(job.step, micro_step)
@@ -135,6 +135,8 @@ def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
         loss += scaled_loss.detach()
         accuracy += measure_accuracy(logits.detach(), labels) / accumulation_steps
 
+    # All ranks then have the state that a checkpoint has, also if rank 0 is lost.
+    communication.broadcast_buffers(job.raw_model)
     return loss, accuracy
 
 
@@ -212,8 +214,7 @@ def run_evaluation(job: Job, signals: StopSignals) -> tuple[int, bool]:
     # Not after a last step in the middle of an epoch: a longer run would not be evaluated there.
     if job.step % job.batches.steps_per_epoch == 0:
         job.schedule.end_evaluation(metrics)
-    if job.tracker is not None:
-        job.tracker.record_evaluation(job.step, metrics)
+    job.recorder.record_evaluation(job.step, metrics)
 
     if job.best_accuracy is not None and metrics[job.best_metric] <= job.best_accuracy:
         return 0, False
@@ -369,6 +370,8 @@ def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemEx
         message = f"{describe_place(job)}: {error}"
         status = RunError.status
         is_of_this_rank = True
+        if job is not None:
+            save_state(job, reason=message)
     elif isinstance(error, UserError):
         message = str(error)
         status = error.status
@@ -385,7 +388,8 @@ def report_failure(job: Job | None, calls: RollCall, error: Exception | SystemEx
         status = RunError.status
         is_of_this_rank = True
     elif isinstance(error, RuntimeError) and roll_call.is_lost_rank(error):
-        result = calls.call()
+        with saving_in_background(job, reason=first_line(error)):
+            result = calls.call()
         missing = result.text or "a rank is lost, another one reports which"
         message = describe_lost_rank(job, error, missing)
         status = RunError.status

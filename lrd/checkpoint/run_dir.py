@@ -14,6 +14,9 @@ from typing import IO, Any
 from lrd import console
 from lrd.errors import UserError
 
+LOCK = ".lock"
+SURVIVORS_LOCK = ".survivors.lock"  # of ranks that save when another one is lost
+
 STOP_SECONDS = 30.0  # the time that a run has to save and leave after it was asked to
 _SECONDS_BETWEEN_TRIES = 0.1
 _SECONDS_BEFORE_MESSAGE = 1.0  # whoever reads the status holds the lock too, for a moment
@@ -39,22 +42,27 @@ class RunDir:
 
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (path / ".lock").open("a+")
+            self._lock: IO[str] = (path / LOCK).open("a+")
         except OSError as error:
             raise UserError(f"run_dir: {path} cannot be written: {error.strerror}") from None
         _require_own_files(path)
 
-        if not self._take_lock(STOP_SECONDS if patience is None else patience):
+        patience = STOP_SECONDS if patience is None else patience
+        if not self._take_lock(self._lock, patience):
             raise UserError(f"run_dir: another run is using {path}; give this one another run_dir")
 
-    def _take_lock(self, patience: float) -> bool:
-        """Try for `patience` seconds to lock the directory. Returns whether this run may use it."""
+        # A rank of the last start may still be saving its state.
+        with suppress(OSError), (path / SURVIVORS_LOCK).open("a+") as lock:
+            self._take_lock(lock, patience)
+
+    def _take_lock(self, lock: IO[str], patience: float) -> bool:
+        """Try for `patience` seconds to take a lock. Returns whether this run may go on."""
         start = time.monotonic()
         was_reported = False
 
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 waited = time.monotonic() - start
@@ -144,7 +152,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
 def _is_locked(path: Path) -> bool:
     """Whether a run holds the lock of a run directory."""
     try:
-        with (path / ".lock").open() as lock:
+        with (path / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -104,14 +104,16 @@ def _list_files(run_dir: Path, step: int) -> list[tuple[str, int]]:
     newest_path = store.checkpoint_path(run_dir, step)
     folders = [newest_path]
 
-    best = store.read_trainer(newest_path)["best"]
+    trainer = store.read_trainer(newest_path)
+    best = trainer["best"]
     if best is not None and best["step"] != step:
         best_path = store.checkpoint_path(run_dir, best["step"])
         if best_path.is_dir() and store.find_damage(best_path) is None:
             folders.append(best_path)
 
-    # The records too, or the run's curves would begin at this step on rank 0's host.
-    paths = _record_files(run_dir)
+    # The records too, or the run's curves would begin at this step on rank 0's host. If a survivor
+    # saved this, the records are on the host that was rank 0's then; here are older ones at most.
+    paths = [] if "rescued" in trainer else _record_files(run_dir)
     for folder in folders:
         paths += folder.iterdir()
     return [(str(path.relative_to(run_dir)), path.stat().st_size) for path in sorted(paths)]

@@ -65,7 +65,8 @@ def start_rank(trainer: recipes.Trainer, facts: dict[str, Any], roll_call: RollC
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # The training loop copies rank 0's buffers at the end of a step, see `lrd.train`.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
 

@@ -8,6 +8,8 @@
 | `evaluation` | accuracy and loss over all ranks |
 | `ema` | moving averages of the weights |
 | `nonfinite` | losses and gradients that are not finite |
+| `survivor` | what a rank saves when another one is lost |
+| `buffers` | a copy of the network's buffers from before the step |
 | `progress` | what a run shows while it goes |
 | `profiler` | torch's profiler over a few steps |
 """

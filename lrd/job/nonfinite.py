@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from lrd.distributed.communication import StepStatistics, all_gather_object, describe_rank
 from lrd.errors import RunError
@@ -33,12 +32,6 @@ class NonfiniteGuard:
         self._job = job
         self._skips = job.recipe.trainer.on_nonfinite == "skip"
         self._num_in_a_row = 0
-        self._saved_buffers: list[Tensor] = []
-
-    def save_buffers(self) -> None:
-        """Copy the buffers before the forward pass, which changes BatchNorm's statistics."""
-        if self._skips:
-            self._saved_buffers = [buffer.clone() for buffer in self._job.raw_model.buffers()]
 
     def may_step(self, statistics: StepStatistics) -> bool:
         """Whether the optimizer may take this step; the same on every rank.
@@ -55,8 +48,7 @@ class NonfiniteGuard:
         if not self._skips or self._num_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise RunError(self._describe(statistics))
 
-        for buffer, saved in zip(self._job.raw_model.buffers(), self._saved_buffers, strict=True):
-            buffer.copy_(saved)
+        self._job.buffers.restore()
         self._job.skipped_steps += 1
         return False
 

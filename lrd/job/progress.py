@@ -82,11 +82,9 @@ class Progress:
         """
         job = self.job
         self.num_steps += 1
-        if job.tracker is None:  # this is not the main process
-            return
-
-        job.tracker.record_probes(job.step, lrs, moved=not is_skipped)
-        job.tracker.record_updates(job.step)
+        job.recorder.record_probes(job.step, lrs, moved=not is_skipped)
+        if job.tracker is not None:
+            job.tracker.record_updates(job.step)
         if job.step % job.recipe.tracking.every_steps != 0:
             return
 
@@ -101,7 +99,9 @@ class Progress:
             scalars["train/skipped"] = job.skipped_steps
         if job.recipe.data.skip_corrupt:
             scalars["train/replaced"] = job.replaced_images
-        job.tracker.record_step(job.step, lrs, scalars, moved=not is_skipped)
+        job.recorder.record_step(job.step, lrs, scalars, moved=not is_skipped)
+        if job.tracker is None:  # this is not the main process
+            return
         self._epoch.add(self.loss, self.accuracy)
         self._epoch.lr = lrs[0]
         self._show(lrs[0], images_per_second)

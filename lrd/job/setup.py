@@ -30,6 +30,7 @@ from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError, first_line
 from lrd.generators import preserved_generators
 from lrd.job import sharding
+from lrd.job.buffers import BufferSnapshot
 from lrd.job.ema import WeightAverage
 from lrd.job.progress import describe_start
 from lrd.job.state import Job
@@ -42,7 +43,8 @@ from lrd.parts.sync_batchnorm import convert_sync_batchnorm
 from lrd.parts.weights import load_weights
 from lrd.recipe import named
 from lrd.tracking.lost_records import describe_lost_records
-from lrd.tracking.tracker import Tracker, scalars_recorded_at
+from lrd.tracking.recorder import Recorder
+from lrd.tracking.tracker import Tracker
 
 
 def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
@@ -208,6 +210,8 @@ def build_job(
         sources={},
         start_weights_digest=start_weights_digest,
         roll_call=roll_call,
+        recorder=Recorder(model, optimizer, recipe.tracking.probes),
+        buffers=BufferSnapshot(model),
         weight_average=_build_weight_average(model, recipe),
     )
 
@@ -391,15 +395,11 @@ def _open_outputs(job: Job) -> None:
     assert job.run_dir is not None
     job.run_dir.write("recipe.yaml", job.recipe.dump())
 
-    if job.step:
+    last_step = min(job.rescued_scalars, default=job.step + 1) - 1  # the files must have these
+    if last_step:
         every_steps = job.recipe.tracking.every_steps
-        for line in describe_lost_records(job.run_dir.path, job.step, every_steps):
+        for line in describe_lost_records(job.run_dir.path, last_step, every_steps):
             console.info(line)
-
-    # A run that was killed between an evaluation and its checkpoint has records of that evaluation.
-    recorded: dict[str, float] = {}
-    if job.is_evaluation_due:
-        recorded = scalars_recorded_at(job.run_dir.path, job.step)
 
     job.tracker = Tracker(
         run_dir=job.run_dir.path,
@@ -408,6 +408,8 @@ def _open_outputs(job: Job) -> None:
         recipe=job.recipe,
         network=job.raw_model,
         optimizer=job.raw_optimizer,
-        recorded=recorded,
+        rescued=job.rescued_scalars,
+        looks_for_evaluation=job.is_evaluation_due,
     )
+    job.recorder = job.tracker
     job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker)

@@ -24,9 +24,11 @@ from lrd.data.images import Dataset, storage_of_fingerprint
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.job import sharding
+from lrd.job.buffers import BufferSnapshot
 from lrd.job.ema import WeightAverage
 from lrd.parts import random_layers
 from lrd.parts.schedules import Schedule
+from lrd.tracking.recorder import Recorder
 from lrd.tracking.tracker import Tracker
 
 _MAX_CHANGES_NAMED = 8  # settings that differ from those of a checkpoint
@@ -58,9 +60,14 @@ class Job:
         sources: a digest of the source files of each own part that the recipe names.
         start_weights_digest: SHA-256 of the file `model.weights`; None if it was not read.
         roll_call: answers for this rank when another one is lost.
+        recorder: computes the scalars that are recorded; on the main process it is the tracker.
+        buffers: the network's buffers as they were before the step that is being taken.
         weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
         step: optimizer steps done.
+        first_step: those that were done when this start began.
+        is_updating: whether the step is being completed: weights, optimizer and schedule belong
+            neither to `step` steps nor to the next one.
         skipped_steps: steps that were skipped because a loss or the gradient was not finite.
         replaced_images: training images so far, of all ranks, in whose place another one was taken
             because they could not be decoded.
@@ -68,6 +75,8 @@ class Job:
         last_eval_step, last_eval_metrics: the latest evaluation.
         best: the evaluation that was best by `best_metric`: `step`, `metric` (its name), and all
             metrics.
+        rescued_scalars: scalars of the last steps, by step and tag, if this start goes on from what
+            a survivor saved, see `lrd.job.survivor`.
     """
 
     recipe: recipes.Recipe
@@ -84,6 +93,8 @@ class Job:
     result_settings: dict[str, Any]
     sources: dict[str, str]
     roll_call: RollCall
+    recorder: Recorder
+    buffers: BufferSnapshot
 
     start_weights_digest: str | None = None
     weight_average: WeightAverage | None = None
@@ -92,12 +103,15 @@ class Job:
     writer: AsyncWriter | None = None
 
     step: int = 0
+    first_step: int = 0
+    is_updating: bool = False
     skipped_steps: int = 0
     replaced_images: int = 0
     replaced_before: int = 0
     last_eval_step: int = 0
     last_eval_metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    rescued_scalars: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def is_sharded(self) -> bool:
@@ -285,12 +299,14 @@ class Job:
             last_line = str(error).splitlines()[-1].strip()
             raise UserError(f"{path}: is of another model: {last_line}") from None
 
-        self.step = state.step
+        self.step = self.first_step = state.step
         self.skipped_steps = state.trainer["skipped"]
         self.replaced_images = self.replaced_before = int(state.trainer.get("replaced", 0))
         self.last_eval_step = state.trainer["evaluated"]
         self.last_eval_metrics = state.trainer["latest"]
         self.best = state.trainer["best"]
+        rescued = state.trainer.get("rescued", {}).get("scalars", {})
+        self.rescued_scalars = {int(step): scalars for step, scalars in rescued.items()}
         # With a changed recipe it may be an accuracy on other images.
         if self.best is not None and self.best.get("metric", "accuracy") != self.best_metric:
             self.best = None

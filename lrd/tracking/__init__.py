@@ -2,7 +2,8 @@
 
 | file | what it contains |
 | --- | --- |
-| `tracker` | which values are recorded, and under which tags |
+| `recorder` | computes the values of each step, on every rank |
+| `tracker` | writes them on the main process, under which tags |
 | `pages` | what TensorBoard shows beside curves: charts, HParams, text, histograms |
 | `event_file` | TensorBoard's files: a writer and a reader |
 | `metrics_file` | `metrics.csv`, the same values as a table |

@@ -5,16 +5,23 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lrd import files
 
 _SECONDS_BETWEEN_FLUSHES = 5.0
+
+# A record is its length (uint64), the length's checksum, the content, and the content's checksum.
+_HEADER_BYTES = 12
+_FOOTER_BYTES = 4
 
 
 class EventFile:
@@ -108,3 +115,65 @@ def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
         tag: [(point.step, point.value) for point in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
+
+
+def read_scalars_since(run_dir: Path, first_step: int) -> dict[int, dict[str, float]]:
+    """Read the last scalars of a run.
+
+    Only the records of these steps are parsed, so this takes far less time than `read_scalars`.
+
+    Args:
+        run_dir: the run directory.
+        first_step: the scalars of this and later steps are read.
+
+    Returns:
+        step -> tag -> value, which is a float32. What a later start made void is left out.
+    """
+    scalars: dict[int, dict[str, float]] = {}
+    void_from: int | None = None  # the first step that a later start has made void
+    for path in sorted(run_dir.glob("events.out.tfevents.*.*"), reverse=True):
+        content = path.read_bytes() if path.is_file() else b""
+        start = void_from
+        for offset in reversed(list(record_offsets(content))):
+            event = parse_record(content, offset)
+            if event is None:
+                continue
+            if event.HasField("session_log"):
+                start = event.step if start is None else min(start, event.step)
+            if not event.HasField("summary"):
+                continue
+            if 0 < event.step < first_step:
+                return scalars
+
+            is_void = void_from is not None and event.step >= void_from
+            for value in [] if is_void or event.step == 0 else event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.setdefault(event.step, {}).setdefault(value.tag, value.simple_value)
+        void_from = start
+    return scalars
+
+
+def record_offsets(content: bytes) -> Iterator[int]:
+    """Where in an event file each complete record begins. What is in them is not looked at."""
+    position = 0
+    while position + _HEADER_BYTES + _FOOTER_BYTES <= len(content):
+        (length,) = struct.unpack_from("<Q", content, position)
+        following = position + _HEADER_BYTES + length + _FOOTER_BYTES
+        if following > len(content):
+            return
+        yield position
+        position = following
+
+
+def parse_record(content: bytes, offset: int) -> Event | None:
+    """The event in a record of an event file; None if the record is damaged."""
+    (length,) = struct.unpack_from("<Q", content, offset)
+    start = offset + _HEADER_BYTES
+    raw = content[start : start + length]
+    (checksum,) = struct.unpack_from("<I", content, start + length)
+    if masked_crc32c(raw) != checksum:
+        return None
+
+    event = Event()
+    event.ParseFromString(raw)
+    return event

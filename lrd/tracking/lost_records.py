@@ -7,17 +7,14 @@ goes on from the newest checkpoint, and all records up to it were written before
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-# A record is its length (uint64), the length's checksum, the content, and the content's checksum.
-_HEADER_BYTES = 12
-_FOOTER_BYTES = 4
+from lrd.tracking.event_file import parse_record, record_offsets
+
 _MAX_RECORDS_TRIED = 16  # from the end of a damaged file
 
 
@@ -80,39 +77,17 @@ def _read_span(path: Path) -> _Span:
     content = path.read_bytes()
     start_event: Event | None = None
     latest: deque[int] = deque(maxlen=_MAX_RECORDS_TRIED)  # offsets of complete records
-    num_records = 0
-    position = 0
-    while position + _HEADER_BYTES + _FOOTER_BYTES <= len(content):
-        (length,) = struct.unpack_from("<Q", content, position)
-        following = position + _HEADER_BYTES + length + _FOOTER_BYTES
-        if following > len(content):
-            break
-        num_records += 1
-        if num_records == 2:
-            start_event = _parse(content, position)
-        latest.append(position)
-        position = following
+    for number, offset in enumerate(record_offsets(content)):
+        if number == 1:
+            start_event = parse_record(content, offset)
+        latest.append(offset)
 
     # The second record says from which step on those of earlier files are void.
     if start_event is None:
         return _Span(None, 0)
     for offset in reversed(latest):
-        event = _parse(content, offset)
+        event = parse_record(content, offset)
         if event is not None:
             is_start = event == start_event
             return _Span(max(1, start_event.step), 0 if is_start else event.step)
     return _Span(max(1, start_event.step), 0)
-
-
-def _parse(content: bytes, offset: int) -> Event | None:
-    """The event in a record; None if the record is damaged."""
-    (length,) = struct.unpack_from("<Q", content, offset)
-    start = offset + _HEADER_BYTES
-    raw = content[start : start + length]
-    (checksum,) = struct.unpack_from("<I", content, start + length)
-    if masked_crc32c(raw) != checksum:
-        return None
-
-    event = Event()
-    event.ParseFromString(raw)
-    return event

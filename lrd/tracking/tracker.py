@@ -23,41 +23,22 @@ Tags, by evaluation: `test/loss` and `test/accuracy`; with held-out images `vali
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import scalar
 
 from lrd import recipe as recipes
-from lrd.optim.dropout import get_lr_dropout
 from lrd.tracking import pages
-from lrd.tracking.event_file import EventFile, read_scalars
+from lrd.tracking.event_file import EventFile, read_scalars_since
 from lrd.tracking.metrics_file import MetricsFile
+from lrd.tracking.recorder import Recorder
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One element of one parameter, whose learning rate is recorded.
-
-    Attributes:
-        tag: the tag of its records.
-        group: index of the parameter group.
-        index: index of the parameter in the optimizer, counted over all groups.
-        element: index of the element in the flattened parameter.
-    """
-
-    tag: str
-    group: int
-    index: int
-    element: int
-
-
-class Tracker:
+class Tracker(Recorder):
     """Writes the records of one start of a run. Only the main process has one.
 
     Args:
@@ -68,13 +49,14 @@ class Tracker:
         recipe: recorded as text and as hyper-parameters.
         network: the network whose elements are recorded.
         optimizer: the optimizer whose parameter groups are recorded.
-        recorded: tags that have a record of `step` already, with its value, because the last start
-            was killed after an evaluation and before the checkpoint that contains its result.
+        rescued: scalars of the last steps up to `step` that a survivor of the last start had in
+            memory, by step and tag. The main process may have died before it wrote them.
+        looks_for_evaluation: whether `step` may have records of an evaluation already, because the
+            last start was killed after it and before the checkpoint that contains its result.
 
     Attributes:
         events: the event file.
         metrics: the same scalars as a table.
-        probes: the elements whose learning rates are recorded.
 
     Raises:
         OSError: a file could not be written.
@@ -88,18 +70,27 @@ class Tracker:
         recipe: recipes.Recipe,
         network: nn.Module,
         optimizer: Optimizer,
-        recorded: Mapping[str, float] = MappingProxyType({}),
+        rescued: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
+        looks_for_evaluation: bool = False,
     ) -> None:
+        super().__init__(network, optimizer, recipe.tracking.probes)
         self.recipe = recipe
-        self.network = network
-        self.optimizer = optimizer
-        self.probes = choose_probes(network, optimizer, recipe.tracking.probes)
         self._old_weights: dict[str, Tensor] = {}  # by parameter, in a step with histograms
 
-        self.metrics = MetricsFile(run_dir, step, steps_per_epoch)
-        self._already_recorded = {(tag, step) for tag in recorded}
-        for tag, value in recorded.items():
-            self.metrics.add(tag, value, step)
+        # These steps are written to the table anew; what the event files have of them counts.
+        first_step = min(rescued, default=step if looks_for_evaluation else step + 1)
+        recorded: dict[int, dict[str, float]] = {}
+        if first_step <= step:
+            recorded = read_scalars_since(run_dir, first_step)
+        self.metrics = MetricsFile(
+            run_dir, step if not rescued else first_step - 1, steps_per_epoch
+        )
+        self._already_recorded = {
+            (tag, recorded_step)
+            for recorded_step, scalars in recorded.items()
+            if recorded_step <= step
+            for tag in scalars
+        }
 
         self.events = EventFile(run_dir, purge_step=step + 1 if step else 0)
         if step == 0:
@@ -108,51 +99,16 @@ class Tracker:
         # TensorBoard takes the first of these. Runs of earlier versions had them at their end.
         for summary in pages.hparams(recipe):
             self.events.add(summary, step)
+
+        for earlier_step in sorted({*rescued, *recorded}):
+            in_files = recorded.get(earlier_step, {})
+            for tag, value in in_files.items():
+                self.metrics.add(tag, value, earlier_step)
+            for tag, value in rescued.get(earlier_step, {}).items():
+                if tag not in in_files:
+                    self._add_scalar(tag, value, earlier_step)
+                    self._already_recorded.add((tag, earlier_step))
         self.flush()
-
-    def record_step(
-        self, step: int, lrs: list[float], scalars: dict[str, float], moved: bool = True
-    ) -> None:
-        """Record one step.
-
-        Args:
-            step: the number of the step, from 1.
-            lrs: the learning rate that each parameter group had in the step.
-            scalars: further values by their tags.
-            moved: False if the step was skipped, so that no element moved.
-        """
-        dropout = get_lr_dropout(self.optimizer)
-        if moved and dropout is not None:
-            kept_fractions = dropout.kept_fractions()
-        else:
-            kept_fractions = [float(moved)] * len(lrs)
-
-        groups = self.optimizer.param_groups
-        for group, lr, kept in zip(groups, lrs, kept_fractions, strict=True):
-            self._add_scalar(f"lr/{group['name']}", lr, step)
-            self._add_scalar(f"lr_effective/{group['name']}", lr * kept, step)
-            self._add_scalar(f"lr_dropout/kept/{group['name']}", kept, step)
-
-        for tag, value in scalars.items():
-            self._add_scalar(tag, value, step)
-
-    def record_probes(self, step: int, lrs: list[float], moved: bool = True) -> None:
-        """Record the learning rates that the probed elements had in one step.
-
-        Args:
-            step: the number of the step, from 1.
-            lrs: the learning rate that each parameter group had in the step.
-            moved: False if the step was skipped, so that no element moved.
-        """
-        dropout = get_lr_dropout(self.optimizer)
-        for probe in self.probes:
-            is_kept = moved and (dropout is None or dropout.keeps(probe.index, probe.element))
-            self._add_scalar(probe.tag, lrs[probe.group] * is_kept, step)
-
-    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of an evaluation after `step`."""
-        for name, value in metrics.items():
-            self._add_scalar(evaluation_tag(name), value, step)
 
     def copy_weights(self, step: int) -> None:
         """Keep a copy of the weights until `record_updates`, where histograms of `step` are due."""
@@ -200,65 +156,10 @@ class Tracker:
         self.metrics.sync()
 
     def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        super()._add_scalar(tag, value, step)
         if (tag, step) in self._already_recorded:
             return
 
         summary = scalar(tag, value)  # type: ignore[no-untyped-call]
         self.events.add(summary, step)
         self.metrics.add(tag, summary.value[0].simple_value, step)
-
-
-def evaluation_tag(name: str) -> str:
-    """The tag of a metric of an evaluation: `ema_loss` -> `test/ema_loss`.
-
-    Metrics of held-out images have names that say so: `validation_loss` -> `validation/loss`.
-    """
-    prefix = "validation_"
-    if name.startswith(prefix):
-        return f"validation/{name.removeprefix(prefix)}"
-    return f"test/{name}"
-
-
-def scalars_recorded_at(run_dir: Path, step: int) -> dict[str, float]:
-    """Find the tags that have a record of a step, and its values.
-
-    This reads all event files of the run, which is too slow to do at each start.
-    """
-    recorded = {}
-    for tag, points in read_scalars(run_dir).items():
-        for recorded_step, value in points:
-            if recorded_step == step:
-                recorded[tag] = value
-    return recorded
-
-
-def choose_probes(network: nn.Module, optimizer: Optimizer, count: int) -> list[Probe]:
-    """Choose the elements whose learning rates are recorded.
-
-    Each is the middle element of a parameter, and the parameters are spread evenly over the
-    optimizer's.
-
-    Args:
-        network: the network, from which the parameters have their names.
-        optimizer: the optimizer of its parameters.
-        count: the number of probes; there are fewer if there are fewer parameters.
-    """
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    parameters = []
-    for group_index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            parameters.append((group_index, parameter))
-
-    count = min(count, len(parameters))
-    probes = []
-    for i in range(count):
-        # The middle of the i-th of `count` equal parts.
-        index = (2 * i + 1) * len(parameters) // (2 * count)
-        group_index, parameter = parameters[index]
-        element = parameter.numel() // 2
-
-        position = np.unravel_index(element, parameter.shape)
-        place = ",".join(str(coordinate) for coordinate in position)
-        tag = f"probes/{names[id(parameter)]}[{place}]"
-        probes.append(Probe(tag, group_index, index, element))
-    return probes

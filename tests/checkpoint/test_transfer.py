@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_a_later_checkpoint_is_copied_with_the_best_one_and_the_records(group, r
     assert (run_dirs[0] / "events.out.tfevents.0").read_bytes() == b"records"
     assert (run_dirs[0] / "metrics.csv").read_bytes() == b"a table"
     assert not (run_dirs[0] / ".transfer").exists()
+
+
+def test_what_a_survivor_saved_comes_without_the_older_records_of_its_host(group, run_dirs):
+    save(run_dirs[0], 1)
+    (run_dirs[0] / "events.out.tfevents.0").write_bytes(b"records")
+    state = make_state(2)
+    trainer = {**state.trainer, "rescued": {"rank": 1, "reason": "rank 0 is gone", "scalars": {}}}
+    store.save(run_dirs[1], replace(state, trainer=trainer))
+    (run_dirs[1] / "events.out.tfevents.0").write_bytes(b"rec")
+
+    assert fetch(group, run_dirs) == [None, None]
+    assert listed(run_dirs[0]) == ["step-00000001", "step-00000002"]
+    assert (run_dirs[0] / "events.out.tfevents.0").read_bytes() == b"records"
 
 
 def test_nothing_is_copied_if_no_rank_has_a_later_valid_checkpoint(group, run_dirs):

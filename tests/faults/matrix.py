@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import damage, disks, kills, stops, wrong
+from . import damage, disks, kills, stops, survivors, wrong
 from .lab import Lab, Trial
 
 GROUPS: dict[str, Callable[[Lab], Iterator[Trial]]] = {
@@ -22,5 +22,6 @@ GROUPS: dict[str, Callable[[Lab], Iterator[Trial]]] = {
     "twice": kills.twice_in_a_row,
     "ten": kills.ten_in_a_row,
     "kills": kills.random_kills,
+    "survivors": survivors.survivors,
     "launcher_restarts": wrong.launcher_restarts,
 }

@@ -132,9 +132,9 @@ def change_mask_seed(argument: str) -> None:
 
 def slow_evaluation(argument: str) -> None:
     """Make each batch of an evaluation take some seconds longer."""
-    import lrd.train
+    import lrd.job.evaluation
 
-    evaluate = lrd.train.evaluate
+    evaluate = lrd.job.evaluation.evaluate
 
     def slow_evaluate(*, normalize: Any, **arguments: Any) -> Any:
         def slow_normalize(pixels: Any) -> Any:
@@ -144,7 +144,7 @@ def slow_evaluation(argument: str) -> None:
         mark("evaluation")
         return evaluate(normalize=slow_normalize, **arguments)
 
-    lrd.train.evaluate = slow_evaluate
+    lrd.job.evaluation.evaluate = slow_evaluate
 
 
 def relabel(_: str) -> None:

@@ -17,8 +17,10 @@ from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS, Experiment
 from tensorboard.plugins.hparams.backend_context import Context as BackendContext
 
 from lrd import recipe as recipes
-from lrd.tracking import pages, tracker
-from lrd.tracking.tracker import Tracker, choose_probes
+from lrd.tracking import pages
+from lrd.tracking.event_file import read_scalars_since
+from lrd.tracking.recorder import choose_probes, evaluation_tag
+from lrd.tracking.tracker import Tracker
 from tests.helpers.metrics_csv import read_metrics, read_records_by_step
 from tests.helpers.tensorboard_events import load_events, read_scalars
 from tests.helpers.tracked_run import (
@@ -388,7 +390,7 @@ def test_a_histogram_of_nothing_finite_is_left_out():
     ],
 )
 def test_the_tag_of_a_metric_says_on_which_images_it_was_measured(name, tag):
-    assert tracker.evaluation_tag(name) == tag
+    assert evaluation_tag(name) == tag
 
 
 def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
@@ -397,13 +399,14 @@ def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
     first.tracker.record_evaluation(1, {"loss": 2.0})
     first.tracker.flush()
 
-    recorded = tracker.scalars_recorded_at(tmp_path, 1)
-    assert recorded["test/loss"] == 2.0
-    assert "train/loss" in recorded
-    assert tracker.scalars_recorded_at(tmp_path, 2) == {}
-
     second = Tracker(
-        tmp_path, 1, STEPS_PER_EPOCH, first.recipe, first.network, first.optimizer, recorded
+        tmp_path,
+        1,
+        STEPS_PER_EPOCH,
+        first.recipe,
+        first.network,
+        first.optimizer,
+        looks_for_evaluation=True,
     )
     second.record_evaluation(1, {"loss": 3.0, "accuracy": 0.5})
     second.record_evaluation(2, {"loss": 1.0})
@@ -413,3 +416,74 @@ def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
     assert records["test/loss"] == {1: 2.0, 2: 1.0}
     assert records["test/accuracy"] == {1: 0.5}
     assert read_metrics(tmp_path) == read_records_by_step(tmp_path)
+
+
+def test_scalars_that_the_main_process_had_not_written_come_from_a_survivor(tmp_path):
+    first = TrackedRun(tmp_path)
+    for step in (1, 2, 3):
+        first.update(step, loss=float(step))
+    first.tracker.flush()
+    first.update(4, loss=4.0)
+    first.tracker.record_evaluation(4, {"loss": 2.0})
+    rescued = first.tracker.latest_scalars()  # the same on every rank
+    assert list(rescued) == [1, 2, 3, 4]
+    rescued = {step: rescued[step] for step in (3, 4)}
+
+    second = Tracker(
+        tmp_path,
+        4,
+        STEPS_PER_EPOCH,
+        first.recipe,
+        first.network,
+        first.optimizer,
+        rescued=rescued,
+        looks_for_evaluation=True,
+    )
+    second.record_evaluation(4, {"loss": 2.0, "accuracy": 0.5})
+    second.flush()
+
+    records = read_once(tmp_path)
+    assert records["train/loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    assert records["test/loss"] == {4: 2.0}
+    assert records["test/accuracy"] == {4: 0.5}
+    assert all(len(points) == 4 for tag, points in records.items() if tag.startswith("probes/"))
+    assert read_metrics(tmp_path) == read_records_by_step(tmp_path)
+
+
+def test_only_the_scalars_of_the_last_seconds_are_kept_in_memory(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("lrd.tracking.recorder.time.monotonic", lambda: now)
+    run = TrackedRun(tmp_path)
+    for step in range(1, 11):
+        run.update(step)
+        now += 4.0
+    # That of step 7 is 12 s older than that of step 10.
+    assert list(run.tracker.latest_scalars()) == [7, 8, 9, 10]
+
+    now += 1000.0  # a long evaluation
+    run.tracker.record_evaluation(10, {"loss": 2.0})
+    assert list(run.tracker.latest_scalars()) == [7, 8, 9, 10]
+
+
+def test_the_last_scalars_are_read_without_those_that_a_later_start_made_void(tmp_path):
+    first = TrackedRun(tmp_path)
+    for step in range(1, 7):
+        first.update(step, loss=float(step))
+    first.tracker.flush()
+    second = TrackedRun(tmp_path, step=4)
+    second.update(5, loss=50.0)
+    second.tracker.flush()
+
+    assert read_scalars_since(tmp_path, 7) == {}
+    latest = read_scalars_since(tmp_path, 3)
+    assert {step: scalars["train/loss"] for step, scalars in latest.items()} == {
+        5: 50.0,
+        4: 4.0,
+        3: 3.0,
+    }
+    assert read_scalars_since(tmp_path, 1).keys() == {1, 2, 3, 4, 5}
+    by_step = {
+        step: {tag: points[step] for tag, points in read_once(tmp_path).items() if step in points}
+        for step in (3, 4, 5)
+    }
+    assert latest == by_step
