@@ -178,6 +178,9 @@ def _choose_launch_file(options: Namespace) -> list[str]:
         name = "cpu.yaml" if num_ranks > 1 else "cpu-1.yaml"
 
     file_options = _name_launch_file(name, num_ranks)
+    if num_ranks > 1 and options.rdzv_backend == "static":
+        # torch's own store listens on all interfaces, lrd's on the loopback one alone.
+        file_options += ["--rdzv_backend", "lrd"]
     if options.num_processes is None:
         file_options += ["--num_processes", str(num_ranks)]
     return file_options

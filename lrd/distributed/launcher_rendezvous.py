@@ -76,7 +76,7 @@ class LauncherRendezvous(RendezvousHandler):
             self.address = "127.0.0.1"
             self.port = 0
 
-        self.machine_rank = _find_machine_rank(parameters.get("rank"))
+        self.machine_rank = _find_machine_rank(parameters.get("rank"), self.num_machines)
         self.name = f"{socket.gethostname()} (machine_rank {self.machine_rank})"
         if self.machine_rank >= self.num_machines:
             _exit_with_error(
@@ -212,11 +212,7 @@ class LauncherRendezvous(RendezvousHandler):
         """The store of all launchers and ranks. It is kept from one meeting to the next."""
         while self._server is None:
             try:
-                self._require_free_port()
-                self._server = TCPStore(
-                    self.address, self.port, is_master=True, wait_for_workers=False
-                )
-                self.port = self._server.port  # port 0 asked for any free port
+                self._server = self._open_server()
             except (OSError, DistError) as error:
                 # A host's own name may become known only after the launcher has started.
                 is_name_unknown = isinstance(error, socket.gaierror)
@@ -226,17 +222,25 @@ class LauncherRendezvous(RendezvousHandler):
                 time.sleep(_RETRY_SECONDS)
         return self._server
 
-    def _require_free_port(self) -> None:
-        """Raise OSError if nothing can listen at the address and port.
+    def _open_server(self) -> TCPStore:
+        """Open the store, at the address by which the hosts reach it and at no other one.
 
-        This is tried before TCPStore, whose error says less about the reason.
+        A socket that TCPStore opens by itself listens on all interfaces, and its errors say less.
+
+        Raises:
+            OSError: nothing can listen at the address and port.
         """
-        found = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)
-        family, kind, _, _, target = found[0]
-        with socket.socket(family, kind) as probe:
-            # Connections of an earlier launcher may still be in TIME_WAIT; they are no obstacle.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
+        has_other_hosts = self.num_machines > 1
+        listen = network.listen_for_hosts if has_other_hosts else network.listen
+        listener = listen(self.address, self.port)
+        self.port = listener.getsockname()[1]  # port 0 asked for any free port
+        return TCPStore(
+            self.address,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
 
     def _describe_server_error(self, error: OSError | DistError) -> str:
         code = error.errno if isinstance(error, OSError) else None
@@ -300,8 +304,8 @@ def _parse_timeout(configured: object) -> float:
         _exit_with_error(f"--rdzv_conf: timeout is {configured}, must be a number of seconds")
 
 
-def _find_machine_rank(configured: str | None) -> int:
-    """The number of this host.
+def _find_machine_rank(configured: str | None, num_machines: int) -> int:
+    """The number of this host; a single one needs none.
 
     torch passes it to the static rendezvous alone, so here it is read from the launcher's command
     line. A `machine_rank` in accelerate's config file is not found there.
@@ -314,6 +318,8 @@ def _find_machine_rank(configured: str | None) -> int:
         )
         machine_rank = parser.parse_known_args()[0].machine_rank
 
+    if machine_rank is None and num_machines == 1:
+        return 0
     if machine_rank is None:
         _exit_with_error(
             "--machine_rank: give it on the command line; it cannot be read from the config file"

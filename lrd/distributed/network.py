@@ -58,6 +58,51 @@ def wait_for_port(
         time.sleep(_POLL_SECONDS)
 
 
+def listen(address: str, port: int) -> socket.socket:
+    """Listen at one address of this host, of IPv4 or IPv6, and at no other one.
+
+    Args:
+        address: IP address or name; of a name's addresses the first.
+        port: the TCP port; 0: any free one.
+
+    Raises:
+        OSError: the name is unknown, the address is no address of this host, or the port is taken.
+    """
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    family, _, _, _, target = found[0]
+    return socket.create_server(target, family=family)
+
+
+def listen_for_hosts(address: str, port: int) -> socket.socket:
+    """Listen where other hosts reach this one by `address`.
+
+    On many hosts their own name stands for 127.0.1.1, which no other host can reach. Then this
+    listens at all addresses. `localhost`, and a loopback address that is written out, are taken at
+    their word.
+
+    Raises:
+        OSError: see `listen`.
+    """
+    listener = listen(address, port)
+    is_name = address != "localhost" and not _is_ip_address(address)
+    if not is_name or not ip_address(listener.getsockname()[0]).is_loopback:
+        return listener
+
+    port = listener.getsockname()[1]
+    listener.close()
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def call_with_timeout(seconds: float, action: Callable[[], T]) -> T:
     """Call something that talks to a store, in another thread.
 

@@ -8,6 +8,7 @@ on one host: 5 of 17 without the prefix, 21 of 21 with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,9 +19,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from lrd.distributed import network
 from lrd.distributed.meeting import (
@@ -110,18 +110,59 @@ def _open_store(timeout: timedelta) -> tuple[Store, int, int]:
     """The store in which the ranks meet, this process's rank, and the number of ranks.
 
     Raises:
-        RunError: it cannot be reached, or, where rank 0 keeps it, another rank did not come.
+        RunError: it cannot be reached, or, where rank 0 keeps it, nothing can listen there or
+            another rank did not come.
     """
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    is_keeper = rank == 0 and not _has_launcher_store()
     try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    except DistError as error:
-        rank_name = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        store = _serve(world_size, timeout) if is_keeper else _connect(world_size, timeout)
+    except (DistError, OSError) as error:
+        rank_name = f"rank {rank} on {socket.gethostname()}"
         reason = first_line(error).split(". ")[0]
         raise RunError(
-            f"{rank_name}: the {os.environ['WORLD_SIZE']} ranks did not come together "
-            f"within {timeout}: {reason}"
+            f"{rank_name}: the {world_size} ranks did not come together within {timeout}: {reason}"
         ) from None
     return store, rank, world_size
+
+
+def _has_launcher_store() -> bool:
+    """Whether the launcher keeps the ranks' store; otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _serve(world_size: int, timeout: timedelta) -> TCPStore:
+    """Open the ranks' store here, at MASTER_ADDR and at no other address of this host.
+
+    Raises:
+        OSError: nothing can listen there.
+        DistError: not all ranks connected in time.
+    """
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    listen_fd = None
+    try:
+        listen_fd = network.listen_for_hosts(address, port).detach()
+    except OSError as error:
+        # An earlier job in this process may keep a store there, which torch then uses again.
+        if error.errno != errno.EADDRINUSE:
+            raise
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,
+        master_listen_fd=listen_fd,
+    )
+
+
+def _connect(world_size: int, timeout: timedelta) -> TCPStore:
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
 
 
 @dataclass(frozen=True)
@@ -170,7 +211,7 @@ def _require_a_launcher(deadline: float) -> None:
     """
     address = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_launcher_store():
         _require_rank_0(address, port, deadline)
         return
 
@@ -253,7 +294,7 @@ def _require_open_ports(ranks: _Ranks, prefix: str, names: list[str], address: s
         # A rank that raised here would leave the others waiting, so its problem is passed on.
         if is_first_on_host and address:
             try:
-                server = stack.enter_context(_listen(address))
+                server = stack.enter_context(network.listen(address, 0))
                 endpoint = [address, server.getsockname()[1]]
             except OSError as error:
                 problems.append(f"cannot listen at {address}: {first_line(error)}")
@@ -280,9 +321,3 @@ def _require_open_ports(ranks: _Ranks, prefix: str, names: list[str], address: s
             "all TCP ports must be open between the hosts; GLOO_SOCKET_IFNAME names the interface"
         )
         raise RunError("\n".join([*lines, advice]))
-
-
-def _listen(address: str) -> socket.socket:
-    """Listen at any free port of an IPv4 or IPv6 address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, 0), family=family)

@@ -148,17 +148,21 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, expected):
     assert len(str(caught.value).splitlines()) == 1
 
 
+LRD = ["--rdzv_backend", "lrd"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "options", "name", "more"),
     [
-        (0, [], "cpu.yaml", ["--num_processes", "2"]),
+        (0, [], "cpu.yaml", [*LRD, "--num_processes", "2"]),
         (0, ["--num_processes", "1"], "cpu-1.yaml", []),
-        (0, ["--num_processes", "4"], "cpu.yaml", []),
+        (0, ["--num_processes", "4"], "cpu.yaml", LRD),
+        (0, ["--num_processes", "4", "--rdzv_backend", "c10d"], "cpu.yaml", []),
         (1, [], "gpu.yaml", ["--num_processes", "1"]),
-        (4, [], "gpus.yaml", ["--num_processes", "4"]),
-        (4, ["--cpu"], "cpu.yaml", ["--num_processes", "2"]),
-        (8, ["--num_machines", "2", "--num_processes", "16"], "hosts-gpu.yaml", None),
-        (0, ["--num_machines", "2", "--num_processes", "4"], "hosts-cpu.yaml", None),
+        (4, [], "gpus.yaml", [*LRD, "--num_processes", "4"]),
+        (4, ["--cpu"], "cpu.yaml", [*LRD, "--num_processes", "2"]),
+        (8, ["--num_machines", "2", "--num_processes", "16"], "hosts-gpu.yaml", LRD),
+        (0, ["--num_machines", "2", "--num_processes", "4"], "hosts-cpu.yaml", LRD),
     ],
 )
 def test_the_launch_file_fits_the_host(monkeypatch, gpus, options, name, more):
@@ -171,7 +175,6 @@ def test_the_launch_file_fits_the_host(monkeypatch, gpus, options, name, more):
     assert command[0] == "--config_file"
     assert Path(command[1]).resolve() == file
 
-    more = ["--rdzv_backend", "lrd"] if more is None else more
     kept = [option for option in options if option != "--cpu"]
     assert command[2:] == [*more, *kept, "-m", "lrd.train", "r.yaml", "seed=1"]
 

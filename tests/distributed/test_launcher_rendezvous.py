@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+import psutil
 import pytest
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -66,6 +67,28 @@ def test_a_main_host_that_is_lost_again_and_again_is_not_waited_for_without_end(
     assert line.endswith("the store is gone")
 
 
+def listening_addresses() -> set[tuple[str, int]]:
+    """Where this process listens."""
+    connections = psutil.Process().net_connections("tcp")
+    return {tuple(entry.laddr) for entry in connections if entry.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize(("endpoint", "num_machines"), [("", 1), ("127.0.0.1:0", 2)])
+def test_the_store_listens_at_its_endpoint_and_nowhere_else(
+    endpoint: str, num_machines: int
+) -> None:
+    """Without an endpoint there is one host, and so loopback will do."""
+    before = listening_addresses()
+    parameters = RendezvousParameters("lrd", endpoint, "none", num_machines, num_machines, rank="0")
+    launcher = LauncherRendezvous(parameters)
+    launcher._serve(time.monotonic() + 5)
+    assert listening_addresses() - before == {("127.0.0.1", launcher.port)}
+
+
+def test_a_single_machine_needs_no_machine_rank() -> None:
+    assert LauncherRendezvous(RendezvousParameters("lrd", "", "none", 1, 1)).machine_rank == 0
+
+
 def test_without_a_machine_rank_on_the_command_line_the_message_asks_for_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,5 +103,5 @@ def test_without_a_machine_rank_on_the_command_line_the_message_asks_for_it(
     assert make_launcher(rank=None).machine_rank == 1
 
     with pytest.raises(SystemExit):
-        launcher_rendezvous._find_machine_rank("first")
+        launcher_rendezvous._find_machine_rank("first", 2)
     assert "--machine_rank: is first; must be 0 on the main host" in capsys.readouterr().err

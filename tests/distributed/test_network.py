@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 
 import pytest
 import torch.distributed as dist
@@ -151,6 +153,29 @@ def test_waiting_for_a_port_ends_at_a_final_problem(closed_port: int) -> None:
     )
     assert problem
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("listen", [network.listen, network.listen_for_hosts])
+def test_listening_at_an_address_is_listening_nowhere_else(
+    listen: Callable[[str, int], socket.socket],
+) -> None:
+    with listen("127.0.0.1", 0) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+    with listen("localhost", 0) as server:
+        assert ip_address(server.getsockname()[0]).is_loopback
+    with pytest.raises(OSError, match="assign requested address"):
+        listen("203.0.113.9", 0)
+
+
+def test_a_name_that_stands_for_a_loopback_address_listens_where_other_hosts_reach_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [entry])
+    with network.listen_for_hosts("node7", 0) as server:
+        assert ip_address(server.getsockname()[0]).is_unspecified
+    with network.listen("node7", 0) as server:  # there is one host
+        assert server.getsockname()[0] == "127.0.1.1"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -50,3 +51,27 @@ def test_a_rank_that_cannot_listen_passes_its_problem_on_to_the_others() -> None
     first, advice = str(caught.value).splitlines()
     assert first.startswith("rank 0 on a cannot listen at 203.0.113.9: ")
     assert advice.startswith("all TCP ports must be open")
+
+
+def test_the_store_that_rank_0_keeps_listens_at_master_addr_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0"}
+    for name, value in {**variables, "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    store, _, _ = rank_rendezvous._open_store(timedelta(seconds=5))
+    store.set("key", "value")
+
+    # A second job in this process meets in the same store.
+    again, _, _ = rank_rendezvous._open_store(timedelta(seconds=5))
+    assert again.get("key") == b"value"
+
+    connections = psutil.Process().net_connections("tcp")
+    listening = [entry.laddr for entry in connections if entry.status == psutil.CONN_LISTEN]
+    assert [tuple(address) for address in listening if address.port == port] == [
+        ("127.0.0.1", port)
+    ]
