@@ -63,7 +63,7 @@ def train_in_turn(jobs: dict[str, Job], rounds: int, steps: int) -> list[dict[st
         ways = list(jobs) if number % 2 == 0 else list(reversed(jobs))
         figures = {}
         for way in ways:
-            communication.all_gather_object(0)
+            communication.all_gather_values(0)
             start = time.perf_counter()
             for _ in range(steps):
                 step(jobs[way])
@@ -95,7 +95,7 @@ def main() -> None:
                 step(jobs[way])
 
         held = {way: held_bytes(job) for way, job in jobs.items()}
-        held_by_ranks = communication.all_gather_object(held)
+        held_by_ranks = communication.all_gather_values(held)
         seconds = train_in_turn(jobs, arguments.rounds, arguments.steps)
 
     if communication.process_index() == 0:

@@ -104,7 +104,7 @@ def examine(run_dir: Path) -> list[str]:
     facts = communication.run_on_all_ranks(
         lambda: _collect_facts(device, run_dir, clock_skew, clock_skew_error)
     )
-    ranks = communication.all_gather_object(facts)
+    ranks = [RankFacts(**values) for values in communication.all_gather_values(asdict(facts))]
     latency, bandwidth = _measure_all_reduce(device)
 
     _print_ranks(ranks)
@@ -138,7 +138,7 @@ def _collect_facts(
         host=socket.gethostname(),
         device=device_name,
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         accelerate=version("accelerate"),
         lrd=version("lrd"),
         backend=backend,
@@ -185,7 +185,7 @@ def _measure_clock_skew(device: torch.device) -> tuple[float, float]:
                 ahead = other_time - (asked + answered) / 2
                 answers.append((answered - asked, ahead))
 
-        soonest = communication.broadcast_from_main(min(answers, default=(0.0, 0.0)))
+        soonest = communication.broadcast_from_main(list(min(answers, default=(0.0, 0.0))))
         if rank == other:
             duration, ahead = soonest
             result = (ahead, duration / 2)

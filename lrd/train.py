@@ -10,6 +10,7 @@ import sys
 import traceback
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -312,7 +313,7 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
         UserError: the last checkpoint could not be written.
     """
     with progress.pause("checkpoints"):
-        result = ([], True) if job.writer is None else job.writer.finish()
+        result: list[Any] = [[], True] if job.writer is None else list(job.writer.finish())
         errors, is_saved = communication.broadcast_from_main(result)
     if not is_saved:
         advice = f"the state after step {job.step} is not saved; start the same command again"

@@ -396,7 +396,7 @@ def read(path: Path) -> TrainState:
 def read_files(path: Path) -> dict[str, bytes]:
     """Read the files of a checkpoint as they are: file name -> bytes.
 
-    Rank 0 sends these bytes to the other ranks. To pickle the tensors of a state takes far longer.
+    Rank 0 sends these bytes to the other ranks.
 
     Raises:
         UserError: a file cannot be read.

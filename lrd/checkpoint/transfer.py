@@ -8,24 +8,34 @@ file system all ranks find the same checkpoints, and nothing is copied.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lrd import console
 from lrd.checkpoint import store
 from lrd.distributed.communication import (
-    all_gather_object,
-    broadcast_object,
+    all_gather_values,
+    broadcast_bytes,
+    broadcast_value,
     describe_rank,
     process_index,
     run_on_all_ranks,
     run_on_main_process,
 )
-from lrd.errors import UserError, describe_os_error
+from lrd.errors import RunError, UserError, describe_os_error
 
 _NO_CHECKPOINT = -1  # in place of a step
 _CHUNK_BYTES = 1 << 24  # what each rank holds in memory of a file while it is broadcast
 _RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
+
+# A checkpoint's file or one of _RECORD_FILES; no part of it begins with a dot.
+_COPIED_NAME = re.compile(
+    r"checkpoints/step-[0-9]{8,20}/\w[\w.-]{0,199}|events\.out\.tfevents\.[\w.-]{1,220}|metrics\.csv"
+)
+_MAX_NAME_SHOWN = 100
+
 _STAGING_NAME = ".transfer"  # in rank 0's run directory; the run's lock keeps other runs out
 
 
@@ -42,9 +52,10 @@ def fetch_newest(run_dir: Path) -> None:
     Raises:
         UserError: a file could not be read there or not be written here; what rank 0 had before is
             then untouched. Or a newer checkpoint has another layout version.
+        RunError: the other rank offers files that no run writes.
     """
     local_step = run_on_all_ranks(lambda: max(store.list_steps(run_dir), default=_NO_CHECKPOINT))
-    other_steps = all_gather_object(local_step)[1:]
+    other_steps = all_gather_values(local_step)[1:]
     if max(other_steps, default=_NO_CHECKPOINT) == _NO_CHECKPOINT:
         return
 
@@ -58,17 +69,18 @@ def fetch_newest(run_dir: Path) -> None:
         return _newest_valid_step(run_dir) if may_be_later else _NO_CHECKPOINT
 
     offered_step = run_on_all_ranks(find_offer)
-    offers = all_gather_object((offered_step, describe_rank()))
+    offers: list[Any] = all_gather_values([offered_step, describe_rank()])
     step, source_name = max(offers, key=lambda offer: offer[0])
     if step <= main_step:
         return
 
-    source = offers.index((step, source_name))
+    source = offers.index([step, source_name])
     is_source = process_index() == source
-    local_files = run_on_all_ranks(lambda: _list_files(run_dir, step) if is_source else [])
-    files = broadcast_object(local_files, source)
+    local_files = run_on_all_ranks(lambda: _list_files(run_dir, step) if is_source else {})
+    files = broadcast_value(local_files, source)
+    _require_names_of_a_run(files, source_name)
 
-    megabytes = sum(size for _, size in files) / 1e6
+    megabytes = sum(files.values()) / 1e6
     main_has = "none" if main_step == _NO_CHECKPOINT else f"none after step {main_step}"
     console.info(
         f"{run_dir}: {source_name} has a checkpoint of step {step}, rank 0 has {main_has}: "
@@ -81,7 +93,7 @@ def fetch_newest(run_dir: Path) -> None:
 
     # An error is collected and not raised: the other ranks go on with the broadcasts all the same.
     errors = []
-    for name, size in files:
+    for name, size in files.items():
         error = _copy_file(run_dir / name, staging / name, size, source)
         if error is not None:
             errors.append(error)
@@ -95,11 +107,12 @@ def _newest_valid_step(run_dir: Path) -> int:
     return _NO_CHECKPOINT if path is None else int(store.read_trainer(path)["step"])
 
 
-def _list_files(run_dir: Path, step: int) -> list[tuple[str, int]]:
+def _list_files(run_dir: Path, step: int) -> dict[str, int]:
     """List what is copied with a step's checkpoint.
 
     Returns:
-        For each file its path relative to the run directory, and its size in bytes.
+        The path of each file, relative to the run directory -> its size in bytes. What else lies in
+        a checkpoint's folder is left out.
     """
     newest_path = store.checkpoint_path(run_dir, step)
     folders = [newest_path]
@@ -116,7 +129,27 @@ def _list_files(run_dir: Path, step: int) -> list[tuple[str, int]]:
     paths = [] if "rescued" in trainer else _record_files(run_dir)
     for folder in folders:
         paths += folder.iterdir()
-    return [(str(path.relative_to(run_dir)), path.stat().st_size) for path in sorted(paths)]
+    sizes = {str(path.relative_to(run_dir)): path.stat().st_size for path in sorted(paths)}
+    return {name: size for name, size in sizes.items() if _COPIED_NAME.fullmatch(name)}
+
+
+def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
+    """Refuse names that would be written outside of a run directory, or where no run writes.
+
+    Args:
+        files: what another rank offers: the path of each file -> its size.
+        source_name: that rank and its host.
+
+    Raises:
+        RunError: names the first such file.
+    """
+    for name, size in files.items():
+        if _COPIED_NAME.fullmatch(name) is None or type(size) is not int or size < 0:
+            shown = ascii(name)[:_MAX_NAME_SHOWN]
+            raise RunError(
+                f"{source_name} offers a file {shown} of {size} bytes, which is none that a run "
+                "writes; nothing was copied"
+            )
 
 
 def _record_files(folder: Path) -> list[Path]:
@@ -138,30 +171,30 @@ def _copy_file(source_path: Path, target_path: Path, size: int, source: int) -> 
     """
     error_line = None
     for start in range(0, max(1, size), _CHUNK_BYTES):
-        chunk: bytes | OSError = b""
+        chunk = b""
+        read_error = None
         if process_index() == source:
-            chunk = _read_chunk(source_path, start, min(_CHUNK_BYTES, size - start))
-        chunk = broadcast_object(chunk, source)
+            try:
+                chunk = _read_chunk(source_path, start, min(_CHUNK_BYTES, size - start))
+            except OSError as error:
+                read_error = describe_os_error(error)
 
-        try:
-            if isinstance(chunk, OSError):
-                raise chunk
-            if process_index() == 0 and error_line is None:
+        read_error = broadcast_value(read_error, source)
+        chunk = broadcast_bytes(chunk, source)
+        error_line = error_line or read_error
+        if process_index() == 0 and error_line is None:
+            try:
                 _write_chunk(target_path, chunk, is_first=start == 0)
-        except OSError as error:
-            error_line = describe_os_error(error)
+            except OSError as error:
+                error_line = describe_os_error(error)
 
     return error_line
 
 
-def _read_chunk(path: Path, start: int, size: int) -> bytes | OSError:
-    """Read a part of a file. An error is returned and not raised, so that it can be broadcast."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(size)
-    except OSError as error:
-        return error
+def _read_chunk(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(size)
 
 
 def _remove_folder(path: Path) -> None:
@@ -173,7 +206,7 @@ def _remove_folder(path: Path) -> None:
 def _write_chunk(path: Path, chunk: bytes, is_first: bool) -> None:
     """Write the first bytes of a file or append to it, and flush it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb" if is_first else "ab") as stream:
+    with path.open("xb" if is_first else "ab") as stream:
         stream.write(chunk)
         stream.flush()
         os.fsync(stream.fileno())

@@ -3,7 +3,7 @@
 | file | what lives there |
 | --- | --- |
 | `accelerator` | the Accelerator of a rank, and how a rank ends |
-| `communication` | what ranks tell each other: gathered objects, the statistics of a step |
+| `communication` | what ranks tell each other: JSON and bytes, the statistics of a step |
 | `meeting` | the protocol by which several parties meet in a store |
 | `launcher_rendezvous` | launchers of several hosts meet: `accelerate launch --rdzv_backend lrd` |
 | `rank_rendezvous` | the ranks of a start meet and compare what must be equal |

@@ -1,4 +1,7 @@
-"""What the ranks tell each other: objects, errors, and the statistics of a step.
+"""What the ranks tell each other: values, bytes, errors, and the statistics of a step.
+
+Values travel as JSON, and nothing as a pickle: reading one runs what its sender wants. torch's own
+collectives of objects pickle.
 
 All ranks must call these functions, except for the first three, which ask no other rank. A process
 that is alone gets its own values back.
@@ -6,6 +9,7 @@ that is alone gets its own values back.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -19,9 +23,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lrd.distributed.meeting import describe_differences
-from lrd.errors import UserError, describe_os_error
+from lrd.errors import RunError, UserError, describe_os_error
 
 T = TypeVar("T")
+
+# What no rank exceeds: all ranks set aside as much memory as one of them announces.
+_MAX_VALUE_BYTES = 1 << 28
+_MAX_DATA_BYTES = 1 << 40
 
 
 def process_index() -> int:
@@ -44,30 +52,153 @@ def should_report_errors() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def all_gather_object(value: T) -> list[T]:
-    """The values of all ranks, in the order of ranks, on every rank."""
+def all_gather_values(value: T) -> list[T]:
+    """The values of all ranks, in the order of ranks, on every rank.
+
+    Args:
+        value: None, a bool, a number, a text, or a list of such or a dict of such by text. It
+            travels as JSON, so that reading it runs no code; each float arrives bit for bit.
+
+    Raises:
+        RunError: a rank sent something else.
+    """
     if not dist.is_initialized():
         return [value]
 
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    message = _to_message(value)
+    ranks = range(dist.get_world_size())
+    sizes = [torch.empty_like(message.size) for _ in ranks]
+    dist.all_gather(sizes, message.size)
+    checked_sizes = [_check_size(size, rank, _MAX_VALUE_BYTES) for rank, size in enumerate(sizes)]
+
+    # All ranks send as many bytes as the longest message has.
+    padded = torch.zeros(max(checked_sizes), dtype=torch.uint8, device=message.data.device)
+    padded[: message.data.numel()] = message.data
+    rows = [torch.empty_like(padded) for _ in ranks]
+    dist.all_gather(rows, padded)
+    return [
+        _parse(row[:size], rank)
+        for rank, (row, size) in enumerate(zip(rows, checked_sizes, strict=True))
+    ]
 
 
-def broadcast_object(value: T, source: int) -> T:
-    """The value of rank `source`, on every rank."""
+def broadcast_value(value: T, source: int) -> T:
+    """The value of rank `source`, on every rank; what a value is, `all_gather_values` says.
+
+    Raises:
+        RunError: that rank sent something else.
+    """
     if not dist.is_initialized():
         return value
 
-    values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=source)
-    result: T = values[0]
+    is_source = process_index() == source
+    data = _broadcast(_to_message(value if is_source else None), source, _MAX_VALUE_BYTES)
+    result: T = value if is_source else _parse(data, source)
     return result
 
 
 def broadcast_from_main(value: T) -> T:
     """The value of rank 0, on every rank."""
-    return broadcast_object(value, source=0)
+    return broadcast_value(value, source=0)
+
+
+def broadcast_bytes(data: bytes, source: int) -> bytes:
+    """The bytes of rank `source`, on every rank.
+
+    Raises:
+        RunError: that rank announced more bytes than any rank sends.
+    """
+    if not dist.is_initialized():
+        return data
+
+    is_source = process_index() == source
+    received = _broadcast(_Message.of(data if is_source else b""), source, _MAX_DATA_BYTES)
+    return data if is_source else received.cpu().numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class _Message:
+    """Bytes for other ranks, where the process group takes them from: on a GPU with NCCL.
+
+    Attributes:
+        size: their number, int64 (1,).
+        data: the bytes, uint8 (size,).
+    """
+
+    size: Tensor
+    data: Tensor
+
+    @classmethod
+    def of(cls, raw: bytes) -> _Message:
+        device = torch.device("cpu")
+        if "nccl" in dist.get_backend():
+            device = torch.device("cuda", torch.cuda.current_device())
+
+        data = torch.empty(0, dtype=torch.uint8)
+        if raw:
+            data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        return cls(torch.tensor([len(raw)], device=device), data.to(device))
+
+
+def _to_message(value: object) -> _Message:
+    _require_json(value)
+    return _Message.of(json.dumps(value).encode())
+
+
+def _require_json(value: object) -> None:
+    """Refuse what would come out of JSON as something else: a tuple, for example, as a list.
+
+    Raises:
+        TypeError: a fault of the program.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return
+    if type(value) is list:
+        for entry in value:
+            _require_json(entry)
+    elif type(value) is dict and all(type(key) is str for key in value):
+        for entry in value.values():
+            _require_json(entry)
+    else:
+        raise TypeError(f"{type(value).__name__} is nothing that ranks tell each other: {value!r}")
+
+
+def _broadcast(message: _Message, source: int, limit: int) -> Tensor:
+    """The data of rank `source`'s message, uint8 (size,), on every rank."""
+    dist.broadcast(message.size, src=source)
+    size = _check_size(message.size, source, limit)
+    data = message.data
+    if process_index() != source:
+        data = torch.empty(size, dtype=torch.uint8, device=message.size.device)
+    if size:
+        dist.broadcast(data, src=source)
+    return data
+
+
+def _check_size(size: Tensor, source: int, limit: int) -> int:
+    """The number of bytes that a rank has announced.
+
+    Raises:
+        RunError: no rank sends as many.
+    """
+    number = int(size.item())
+    if not 0 <= number <= limit:
+        raise RunError(f"rank {source} announced {number} bytes, which no rank of lrd does")
+    return number
+
+
+def _parse(data: Tensor, source: int) -> Any:
+    """Read a value that a rank has sent; data: uint8 (size,).
+
+    Raises:
+        RunError: it is no JSON.
+    """
+    try:
+        return json.loads(data.cpu().numpy().tobytes())
+    except (ValueError, RecursionError):
+        raise RunError(
+            f"rank {source} sent something that is not JSON; it was not read any further"
+        ) from None
 
 
 def run_on_all_ranks(action: Callable[[], T]) -> T:
@@ -88,7 +219,7 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
     except OSError as error:
         message = describe_os_error(error)
 
-    reports = all_gather_object((message, describe_rank()))
+    reports = all_gather_values([message, describe_rank()])
     messages = {rank_message for rank_message, _ in reports}
     if messages == {None}:
         return result  # type: ignore[return-value]
@@ -109,8 +240,11 @@ def run_on_all_ranks(action: Callable[[], T]) -> T:
 def run_on_main_process(action: Callable[[], T]) -> T:
     """Call `action` on rank 0 alone.
 
+    Args:
+        action: its result is a value as `all_gather_values` has them.
+
     Returns:
-        Its result, on every rank.
+        The result, on every rank.
 
     Raises:
         UserError: `action` raised it, or an OSError; on every rank.
@@ -126,10 +260,12 @@ def run_on_main_process(action: Callable[[], T]) -> T:
         except OSError as error:  # a full disk, for example
             message = describe_os_error(error)
 
-    result, message = broadcast_from_main((result, message))
-    if message is not None:
-        raise UserError(message)
-    return result  # type: ignore[return-value]
+    report: list[Any] = broadcast_from_main([result, message])
+    main_result: T = report[0]
+    main_message: str | None = report[1]
+    if main_message is not None:
+        raise UserError(main_message)
+    return main_result
 
 
 def local_main_process_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
@@ -151,7 +287,7 @@ def require_equal_on_all_ranks(facts: dict[str, Any]) -> None:
         UserError: a line for each fact that differs, with the ranks that have it otherwise than
             rank 0.
     """
-    reports = all_gather_object((describe_rank(), facts))
+    reports: list[Any] = all_gather_values([describe_rank(), facts])
     names = [name for name, _ in reports]
     lines = describe_differences(names, [rank_facts for _, rank_facts in reports])
     if lines:

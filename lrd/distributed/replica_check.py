@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrd.distributed.communication import all_gather_object, describe_rank
+from lrd.distributed.communication import all_gather_values, describe_rank
 from lrd.errors import RunError
 from lrd.optim import placement, tensor_bits
 
@@ -74,7 +74,7 @@ def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
 
-    reports = all_gather_object((describe_rank(), fingerprint(model, optimizer)))
+    reports: list[Any] = all_gather_values([describe_rank(), fingerprint(model, optimizer)])
     rank_names = [rank_name for rank_name, _ in reports]
     fingerprints = [rank_fingerprint for _, rank_fingerprint in reports]
 

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from lrd.distributed.communication import StepStatistics, all_gather_object, describe_rank
+from lrd.distributed.communication import StepStatistics, all_gather_values, describe_rank
 from lrd.errors import RunError
 from lrd.job import sharding
 from lrd.job.state import Job
@@ -66,7 +66,7 @@ class NonfiniteGuard:
             loss = statistics.losses[rank]
             problem = None if math.isfinite(loss) else str(loss)
 
-        reports = all_gather_object((describe_rank(), problem, self._describe_samples()))
+        reports = all_gather_values([describe_rank(), problem, self._describe_samples()])
         named = [
             f"{rank_name} ({rank_problem}; {samples})"
             for rank_name, rank_problem, samples in reports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -116,7 +117,7 @@ def source_digest() -> str:
 def _has_checkpoint(recipe: recipes.Recipe) -> bool:
     """Whether any rank sees a checkpoint in its run directory."""
     has_one = communication.run_on_all_ranks(lambda: bool(store.list_steps(Path(recipe.run_dir))))
-    return any(communication.all_gather_object(has_one))
+    return any(communication.all_gather_values(has_one))
 
 
 def build_job(
@@ -308,10 +309,19 @@ def _resume(job: Job) -> None:
     run_dir = Path(job.recipe.run_dir)
     fetch_newest(run_dir)
 
-    path, files = communication.run_on_main_process(lambda: _read_newest(job.recipe))
-    if not files:
+    files: dict[str, bytes] = {}  # on rank 0, until the others have them too
+
+    def read_newest() -> list[Any]:
+        newest_path, newest_files = _read_newest(job.recipe)
+        files.update(newest_files)
+        return [str(newest_path), list(newest_files)]
+
+    path, names = communication.run_on_main_process(read_newest)
+    if not names:
         return
-    communication.run_on_all_ranks(lambda: _load(job, path, files))
+    for name in names:
+        files[name] = communication.broadcast_bytes(files.get(name, b""), source=0)
+    communication.run_on_all_ranks(lambda: _load(job, Path(path), files))
     # What one rank has read must have arrived on all.
     compare_replicas(job.raw_model, job.raw_optimizer, job.step)
 

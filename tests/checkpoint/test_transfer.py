@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrd.checkpoint import store, transfer
 from lrd.distributed import communication
-from lrd.errors import UserError
+from lrd.errors import RunError, UserError
 from tests.helpers.checkpoints import content, flip_a_bit, listed, make_state
 
 NUM_RANKS = 2
@@ -24,7 +25,7 @@ class ThreadGroup:
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(NUM_RANKS, timeout=30)
-        self._values: list[Any] = [None] * NUM_RANKS
+        self._rows = [torch.empty(0)] * NUM_RANKS
         self._thread = threading.local()
 
     def run(self, action: Callable[[int], Any]) -> list[Any]:
@@ -49,16 +50,22 @@ class ThreadGroup:
     def get_rank(self) -> int:
         return int(self._thread.rank)
 
-    def all_gather_object(self, values: list[Any], value: Any) -> None:
-        self._values[self.get_rank()] = value
+    def get_backend(self) -> str:
+        return "gloo"
+
+    def all_gather(self, rows: list[torch.Tensor], row: torch.Tensor) -> None:
+        self._rows[self.get_rank()] = row
         self._barrier.wait()
-        values[:] = self._values
+        for target, source in zip(rows, self._rows, strict=True):
+            target.copy_(source)
         self._barrier.wait()
 
-    def broadcast_object_list(self, values: list[Any], src: int) -> None:
-        gathered: list[Any] = [None] * NUM_RANKS
-        self.all_gather_object(gathered, list(values))
-        values[:] = gathered[src]
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        self._rows[self.get_rank()] = tensor
+        self._barrier.wait()
+        if self.get_rank() != src:
+            tensor.copy_(self._rows[src])
+        self._barrier.wait()
 
 
 @pytest.fixture
@@ -174,3 +181,59 @@ def test_a_rank_that_cannot_list_its_checkpoints_does_not_leave_the_others_waiti
     for error in errors:
         assert "rank 1 on " in str(error)
         assert str(error).endswith(f"{run_dirs[1]}: Permission denied")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../metrics.csv",
+        "/etc/cron.d/x",
+        "checkpoints/step-00000002/../../../x",
+        "checkpoints/step-00000002/sub/x",
+        "checkpoints/step-00000002/.x",
+        "checkpoints/step-00000002/",
+        "checkpoints/../x",
+        "checkpoints/step-2/x",
+        "events.out.tfevents.1/../../x",
+        "recipe.yaml",
+        "metrics.csv\n",
+        "checkpoints\\step-00000002\\x",
+        "",
+        "metrics.csv\0",
+    ],
+)
+def test_a_name_from_another_host_cannot_leave_the_run_directory(
+    group, run_dirs, monkeypatch, name
+):
+    save(run_dirs[0], 1)
+    save(run_dirs[1], 2)
+    monkeypatch.setattr(transfer, "_list_files", lambda *_: {"metrics.csv": 1, name: 1})
+
+    before = sorted(run_dirs[0].parent.rglob("*"))
+    for error in fetch(group, run_dirs):
+        assert isinstance(error, RunError)
+        (line,) = str(error).splitlines()
+        assert line.startswith("rank 1 on ")
+        assert line.endswith("which is none that a run writes; nothing was copied")
+    assert sorted(run_dirs[0].parent.rglob("*")) == before
+
+
+def test_a_staging_folder_that_leads_elsewhere_is_refused(group, run_dirs, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save(run_dirs[0], 1)
+    save(run_dirs[1], 2)
+    (run_dirs[0] / ".transfer").symlink_to(elsewhere)
+
+    for error in fetch(group, run_dirs):
+        assert isinstance(error, UserError)
+        assert len(str(error).splitlines()) == 1
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_other_files_beside_a_checkpoint_stay_where_they_are(group, run_dirs):
+    save(run_dirs[0], 1)
+    save(run_dirs[1], 2)
+    (store.checkpoint_path(run_dirs[1], 2) / ".nfs0001").write_bytes(b"")
+    assert fetch(group, run_dirs) == [None, None]
+    assert listed(run_dirs[0]) == ["step-00000001", "step-00000002"]

@@ -224,7 +224,7 @@ def compare_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def compare(*changes: dict[str, object]) -> str:
         network, optimizer = make_replica()
 
-        def all_gather_object(report: tuple[str, dict]) -> list[tuple[str, dict]]:
+        def all_gather_values(report: tuple[str, dict]) -> list[tuple[str, dict]]:
             _, values = report
             assert values == fingerprint(network, optimizer)
             return [
@@ -234,7 +234,7 @@ def compare_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
         dist = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: len(changes))
         monkeypatch.setattr("lrd.distributed.replica_check.dist", dist)
-        monkeypatch.setattr("lrd.distributed.replica_check.all_gather_object", all_gather_object)
+        monkeypatch.setattr("lrd.distributed.replica_check.all_gather_values", all_gather_values)
         try:
             compare_replicas(network, optimizer, step=7)
         except RunError as error:

@@ -138,7 +138,7 @@ class Runner:
                 train.train(job, received)
             except UserError as error:
                 message = str(error)
-        communication.all_gather_object(0)  # after this rank 0 has written all that it writes
+        communication.all_gather_values(0)  # after this rank 0 has written all that it writes
         job.close()
 
         self.facts[label] = {

@@ -104,7 +104,7 @@ def run_with_fault(
             message = str(error)
 
     buffer_sums = [buffer.double().sum().item() for buffer in job.raw_model.buffers()]
-    communication.all_gather_object(0)  # after this rank 0 has written all that it writes
+    communication.all_gather_values(0)  # after this rank 0 has written all that it writes
     return {
         "message": message,
         "step": job.step,
