@@ -66,6 +66,7 @@ def train(job: Job, signals: StopSignals) -> int:
             console.info(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
 
         while job.step < job.total_steps and not stop_signal:
+            job.compute_timer.begin_step()
             job.buffers.take(job.step)
             loss, accuracy = forward_backward(job)
             grad_norm = clip_gradients(job)
@@ -79,10 +80,12 @@ def train(job: Job, signals: StopSignals) -> int:
                     signals.received,
                     has_checkpoint_error(job),
                     job.batches.num_replaced,
+                    job.compute_timer.take(),
                 )
                 stop_signal = statistics.stop_signal
                 progress.loss = statistics.mean_loss
                 progress.accuracy = statistics.mean_accuracy
+                progress.compute_seconds = statistics.compute_seconds
                 job.replaced_images = job.replaced_before + statistics.num_replaced
                 is_skipped = not guard.may_step(statistics)
                 if statistics.has_checkpoint_error:
@@ -93,7 +96,8 @@ def train(job: Job, signals: StopSignals) -> int:
             job.is_updating = True
             if not is_skipped:
                 progress.before_step()
-                job.accelerated_optimizer.step()  # the mask decides which elements move
+                with job.compute_timer.measure():
+                    job.accelerated_optimizer.step()  # the mask decides which elements move
                 if job.weight_average is not None:
                     job.weight_average.update(job.raw_model)
             job.accelerated_optimizer.zero_grad()
@@ -132,6 +136,8 @@ def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
         with nullcontext() if is_last else job.no_sync():
             logits = job.ddp_model(inputs)  # (micro_batch, classes)
             scaled_loss = job.loss_function(logits, labels) / accumulation_steps
+            if is_last:
+                job.compute_timer.end_with_backward(scaled_loss)
             job.accelerator.backward(scaled_loss)
         loss += scaled_loss.detach()
         accuracy += measure_accuracy(logits.detach(), labels) / accumulation_steps

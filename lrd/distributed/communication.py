@@ -327,6 +327,8 @@ class StepStatistics:
         stop_signal: a signal that any rank has received; 0: none.
         has_checkpoint_error: whether the main process could not write a checkpoint.
         num_replaced: images of all ranks that took the place of one that could not be decoded.
+        compute_seconds: for how long each rank computed in a step, without waiting for the others;
+            nan: it has not measured it.
     """
 
     losses: list[float]
@@ -335,6 +337,7 @@ class StepStatistics:
     stop_signal: int
     has_checkpoint_error: bool
     num_replaced: int
+    compute_seconds: list[float]
 
     @property
     def mean_loss(self) -> float:
@@ -364,6 +367,7 @@ def gather_step_statistics(
     stop_signal: int,
     has_checkpoint_error: bool = False,
     num_replaced: int = 0,
+    compute_seconds: float = math.nan,
 ) -> StepStatistics:
     """Exchange the statistics of a step between the ranks. The CPU waits for the GPU.
 
@@ -374,21 +378,24 @@ def gather_step_statistics(
         stop_signal: the signal that this rank has received; 0: none.
         has_checkpoint_error: whether this rank could not write a checkpoint.
         num_replaced: images of this rank that took the place of one that could not be decoded.
+        compute_seconds: for how long this rank computed in a step.
     """
     # One tensor, and so one collective, for all that the ranks exchange. float64 represents a
     # float32 and a signal's number exactly.
     numbers = torch.tensor(
-        [stop_signal, has_checkpoint_error, num_replaced], dtype=torch.float64, device=loss.device
+        [stop_signal, has_checkpoint_error, num_replaced, compute_seconds],
+        dtype=torch.float64,
+        device=loss.device,
     )
     figures = torch.stack([loss, grad_norm, accuracy]).detach().double()
-    local_row = torch.cat([figures, numbers])  # float64 (6,)
+    local_row = torch.cat([figures, numbers])  # float64 (7,)
 
     rows = [local_row]
     if dist.is_initialized():
         rows = [torch.empty_like(local_row) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, local_row)
 
-    table = torch.stack(rows).cpu()  # (world_size, 6)
+    table = torch.stack(rows).cpu()  # (world_size, 7)
     return StepStatistics(
         losses=table[:, 0].tolist(),
         grad_norms=table[:, 1].tolist(),
@@ -396,6 +403,7 @@ def gather_step_statistics(
         stop_signal=int(table[:, 3].max()),
         has_checkpoint_error=bool(table[:, 4].max()),
         num_replaced=int(table[:, 5].sum()),
+        compute_seconds=table[:, 6].tolist(),
     )
 
 

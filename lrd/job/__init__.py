@@ -11,5 +11,6 @@
 | `survivor` | what a rank saves when another one is lost |
 | `buffers` | a copy of the network's buffers from before the step |
 | `progress` | what a run shows while it goes |
+| `rank_speed` | how long each rank computes in a step, and which one is slow |
 | `profiler` | torch's profiler over a few steps |
 """

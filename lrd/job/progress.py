@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lrd import __version__, console
 from lrd.checkpoint import store
+from lrd.distributed.communication import all_gather_values, describe_rank
+from lrd.job.rank_speed import SlowRanks, describe_spread
 from lrd.job.state import Job
 from lrd.optim.dropout import get_lr_dropout
 from lrd.tracking.metrics_file import read_rows
@@ -28,6 +30,7 @@ class Progress:
     Attributes:
         loss: the latest global mean loss.
         accuracy: the latest accuracy over a global batch.
+        compute_seconds: for how long each rank computed in the latest step.
         num_steps: steps that this start has taken.
     """
 
@@ -35,8 +38,11 @@ class Progress:
         self.job = job
         self.loss = float("nan")
         self.accuracy = float("nan")
+        self.compute_seconds: list[float] = []
         self.num_steps = 0
 
+        rank_names = all_gather_values(describe_rank())
+        self._slow_ranks = None if job.is_sharded else SlowRanks(rank_names)
         self._began = time.perf_counter()
         self._paused = {
             "evaluation": 0.0,
@@ -85,6 +91,10 @@ class Progress:
         job.recorder.record_probes(job.step, lrs, moved=not is_skipped)
         if job.tracker is not None:
             job.tracker.record_updates(job.step)
+        # The shards of a network are exchanged while it computes, which is not told apart.
+        if self._slow_ranks is not None and job.tracker is not None:
+            for line in self._slow_ranks.add(self.compute_seconds):
+                console.error(line)
         if job.step % job.recipe.tracking.every_steps != 0:
             return
 
@@ -99,6 +109,8 @@ class Progress:
             scalars["train/skipped"] = job.skipped_steps
         if job.recipe.data.skip_corrupt:
             scalars["train/replaced"] = job.replaced_images
+        if self._slow_ranks is not None:
+            scalars |= describe_spread(self.compute_seconds)
         job.recorder.record_step(job.step, lrs, scalars, moved=not is_skipped)
         if job.tracker is None:  # this is not the main process
             return

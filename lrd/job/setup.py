@@ -34,6 +34,7 @@ from lrd.job import sharding
 from lrd.job.buffers import BufferSnapshot
 from lrd.job.ema import WeightAverage
 from lrd.job.progress import describe_start
+from lrd.job.rank_speed import ComputeTimer
 from lrd.job.state import Job
 from lrd.parts.checks import check_optimizer, check_schedule
 from lrd.parts.losses import build_loss, check_loss
@@ -213,6 +214,7 @@ def build_job(
         roll_call=roll_call,
         recorder=Recorder(model, optimizer, recipe.tracking.probes),
         buffers=BufferSnapshot(model),
+        compute_timer=ComputeTimer(device),
         weight_average=_build_weight_average(model, recipe),
     )
 

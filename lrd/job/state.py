@@ -26,6 +26,7 @@ from lrd.errors import UserError
 from lrd.job import sharding
 from lrd.job.buffers import BufferSnapshot
 from lrd.job.ema import WeightAverage
+from lrd.job.rank_speed import ComputeTimer
 from lrd.parts import random_layers
 from lrd.parts.schedules import Schedule
 from lrd.tracking.recorder import Recorder
@@ -62,6 +63,7 @@ class Job:
         roll_call: answers for this rank when another one is lost.
         recorder: computes the scalars that are recorded; on the main process it is the tracker.
         buffers: the network's buffers as they were before the step that is being taken.
+        compute_timer: measures for how long this rank computes in each step.
         weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
         step: optimizer steps done.
@@ -95,6 +97,7 @@ class Job:
     roll_call: RollCall
     recorder: Recorder
     buffers: BufferSnapshot
+    compute_timer: ComputeTimer
 
     start_weights_digest: str | None = None
     weight_average: WeightAverage | None = None

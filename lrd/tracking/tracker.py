@@ -10,6 +10,8 @@ Tags, by step:
 | `train/loss`, `train/accuracy` | mean loss and accuracy of the global batch, in training |
 | `train/grad_norm` | norm of the gradient before clipping |
 | `train/images_per_second` | speed |
+| `ranks/compute_seconds/max`, `.../median` | how long ranks computed in a step, without waiting |
+| `ranks/slowest` | the rank that computed longest |
 | `train/skipped` | steps so far whose gradient was not finite, if the recipe skips such steps |
 | `train/replaced` | images so far that could not be decoded, with `data.skip_corrupt` |
 | `probes/<parameter>[<index>]` | the learning rate of one element: its group's, or zero |
