@@ -1,0 +1,272 @@
+"""How long is it from the death of a rank to the end of the next step, and where does it go?
+
+    python benchmarks/recovery.py [--rounds 10] [--out benchmarks/results/recovery.json]
+
+The demonstration's recipe trains on two ranks under `accelerate launch --max_restarts`. Rank 1 is
+killed (SIGKILL) in the middle of a step, the launcher starts both ranks again, and the run goes on.
+To compare with, a bare script on Accelerate trains the same network under the same launcher and
+saves its state after each step; the two take turns. Each moment is written to a file by the process
+that comes to it, and the phases are the differences between the latest of the ranks' moments.
+
+This file is also what the ranks run: `recovery.py MARKS RECIPE [section.key=value ...]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START = "process starts"
+IMPORTED = "imports"
+MET = "ranks meet"
+SET_UP = "data, network, checkpoint"
+STEPPED = "first step"
+SAW = "the other rank sees it"
+SAVED = "state saved"
+LEFT = "rank leaves"
+
+# What ends at each moment, in this order.
+PHASES = (SAW, SAVED, LEFT, START, IMPORTED, MET, SET_UP, STEPPED)
+KILL_AFTER = (3, 8)  # steps
+STEPS = 1000  # more than are taken
+SECONDS = 120.0  # at most
+
+BARE_SCRIPT = """
+import os, sys, time
+from pathlib import Path
+
+marks = Path(sys.argv[1])
+folder = Path(sys.argv[2])
+
+def mark(what):
+    with marks.open("a") as stream:
+        stream.write(f"{os.environ['RANK']} {time.time()} {what}\\n")
+
+mark("process starts")
+import torch
+from accelerate import Accelerator
+from lrd.parts.resnet import ResNet
+
+accelerator = Accelerator(cpu=True)
+network = ResNet()
+optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+network, optimizer = accelerator.prepare(network, optimizer)
+images = torch.rand(64 // accelerator.num_processes, 3, 8, 8)
+labels = torch.zeros(len(images), dtype=torch.long)
+first = 0
+if folder.exists():
+    accelerator.load_state(str(folder))
+    first = int((folder / "step").read_text())
+for step in range(first, int(sys.argv[3])):
+    optimizer.zero_grad()
+    accelerator.backward(torch.nn.functional.cross_entropy(network(images), labels))
+    optimizer.step()
+    mark(f"step {step + 1}")
+    accelerator.save_state(str(folder), safe_serialization=True)
+    if accelerator.is_main_process:
+        (folder / "step").write_text(str(step + 1))
+    accelerator.wait_for_everyone()
+"""
+
+
+def mark(what: str) -> None:
+    with Path(sys.argv[1]).open("a", encoding="utf-8") as stream:
+        stream.write(f"{os.environ['RANK']} {time.time()} {what}\n")
+
+
+def train_and_mark() -> None:
+    """What a rank runs."""
+    began = psutil.Process().create_time()
+    with Path(sys.argv[1]).open("a", encoding="utf-8") as stream:
+        stream.write(f"{os.environ['RANK']} {began} {START}\n")
+
+    from lrd import train
+    from lrd.job import setup, survivor
+    from lrd.job.progress import Progress
+
+    mark(IMPORTED)
+
+    def marking(module: Any, name: str, before: str = "", after: str = "") -> None:
+        function = getattr(module, name)
+
+        def marked(*arguments: Any, **options: Any) -> Any:
+            if before:
+                mark(before)
+            result = function(*arguments, **options)
+            if after:
+                mark(after)
+            return result
+
+        setattr(module, name, marked)
+
+    after_step = Progress.after_step
+
+    def marking_after_step(progress: Any, *arguments: Any) -> None:
+        after_step(progress, *arguments)
+        mark(f"step {progress.job.step}")
+
+    Progress.after_step = marking_after_step  # type: ignore[method-assign]
+    marking(setup, "start_rank", after=MET)
+    marking(train, "train", before=SET_UP)
+    marking(train, "report_failure", before=SAW)
+    marking(survivor, "save_state", after=SAVED)
+    marking(train, "exit_process", before=LEFT)
+    train.main(sys.argv[2:])
+
+
+def read_marks(path: Path) -> list[tuple[int, float, str]]:
+    """The rank, the time in seconds, and the moment of each mark."""
+    marks = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        rank, moment, what = line.split(" ", 2)
+        marks.append((int(rank), float(moment), what))
+    return marks
+
+
+def last_step(path: Path) -> int:
+    steps = [int(what[5:]) for _, _, what in read_marks(path) if what.startswith("step ")]
+    return max(steps, default=0)
+
+
+def kill_and_wait(command: list[str], path: Path, kill_after: int, is_bare: bool = False) -> float:
+    """Start a job, kill rank 1 in the step after `kill_after`, and end the job when it goes on.
+
+    Returns:
+        When it was killed.
+    """
+    # Without the last variable most restarts of the bare script fail: ranks find the addresses of
+    # dead ones in the launcher's store (pytorch 135712). lrd needs no such help.
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    if is_bare:
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with tempfile.TemporaryFile("w+") as output:
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + SECONDS
+        while last_step(path) < kill_after and launcher.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(random.uniform(0.0, 0.03))
+        victims = [
+            child
+            for child in psutil.Process(launcher.pid).children()
+            if child.environ().get("RANK") == "1"
+        ]
+        killed = time.time()
+        for victim in victims:
+            victim.send_signal(signal.SIGKILL)
+        while not next_steps(read_marks(path), killed) and launcher.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        went_on = launcher.poll() is None
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(SECONDS)
+        output.seek(0)
+        assert went_on, output.read()
+    return killed
+
+
+def next_steps(marks: list[tuple[int, float, str]], killed: float) -> dict[int, float]:
+    """The steps that both ranks have done since the restart, and when the later one had."""
+    restarted = [moment for _, moment, what in marks if what == START and moment > killed]
+    ends: dict[int, dict[int, float]] = {}
+    for rank, moment, what in marks:
+        if what.startswith("step ") and restarted and moment > min(restarted):
+            ends.setdefault(int(what[5:]), {})[rank] = moment
+    return {step: max(ranks.values()) for step, ranks in ends.items() if len(ranks) == 2}
+
+
+def measure_lrd(folder: Path, kill_after: int) -> dict[str, Any]:
+    path = folder / "marks"
+    command = [*LAUNCHER, str(Path(__file__)), str(path), RECIPE, f"run_dir={folder / 'run'}"]
+    command += [f"trainer.max_steps={STEPS}", "checkpoint.every_steps=0"]
+    killed = kill_and_wait(command, path, kill_after)
+
+    marks = read_marks(path)
+    step, end = min(next_steps(marks, killed).items())
+    done = max(
+        int(what[5:]) for _, moment, what in marks if what[:5] == "step " and moment < killed
+    )
+    phases = {}
+    before = killed
+    for phase in PHASES:
+        moments = [moment for _, moment, what in marks if what == phase and moment > killed]
+        moment = end if phase == STEPPED else max(m for m in moments if m < end)
+        phases[phase] = moment - before
+        before = moment
+    return {"seconds": end - killed, "phases": phases, "steps_lost": done + 1 - step}
+
+
+def measure_bare(folder: Path, kill_after: int) -> float:
+    script = folder / "bare.py"
+    script.write_text(BARE_SCRIPT, encoding="utf-8")
+    path = folder / "marks"
+    command = [*LAUNCHER, str(script), str(path), str(folder / "state"), str(STEPS)]
+    killed = kill_and_wait(command, path, kill_after, is_bare=True)
+    return min(next_steps(read_marks(path), killed).values()) - killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
+    arguments = parser.parse_args()
+
+    random.seed(0)
+    runs = []
+    bare = []
+    for number in track(range(arguments.rounds), "rounds", transient=True):
+        with tempfile.TemporaryDirectory() as name:
+            kill_after = random.randint(*KILL_AFTER)
+            folders = [Path(name) / way for way in ("lrd", "bare")]
+            for folder in folders[:: -1 if number % 2 else 1]:
+                folder.mkdir()
+                if folder.name == "lrd":
+                    runs.append(measure_lrd(folder, kill_after))
+                else:
+                    bare.append(measure_bare(folder, kill_after))
+
+    facts = {
+        **circumstances("cpu"),
+        "what": "seconds from the SIGKILL of one of two ranks to the end of the next step",
+        "rounds": arguments.rounds,
+        "seconds": summary([run["seconds"] for run in runs]),
+        "phases": {phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES},
+        "steps_lost": max(run["steps_lost"] for run in runs),
+        "bare_accelerate_seconds": summary(bare),
+    }
+    rows = [[phase, spread(facts["phases"][phase])] for phase in PHASES]
+    rows += [["all of it", spread(facts["seconds"])]]
+    rows += [["bare script, saves each step", spread(facts["bare_accelerate_seconds"])]]
+    title = (
+        f"seconds from the death of one of two ranks to the end of the next step, "
+        f"{facts['device']}, {facts['cores']} cores, median of {facts['rounds']} (min to max); "
+        f"steps lost: {facts['steps_lost']}"
+    )
+    console.table(title, ["until", "seconds"], rows)
+    write(arguments.out, facts)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        train_and_mark()
+    else:
+        from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write
+        from rich.progress import track
+
+        from lrd import console
+
+        LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
+        LAUNCHER += [str(ROOT / "launch" / "accelerate" / "cpu.yaml"), "--max_restarts", "3"]
+        main()
