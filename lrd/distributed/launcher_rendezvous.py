@@ -35,11 +35,14 @@ from lrd.distributed import network
 from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
+    Door,
+    JobToken,
     Meeting,
     MissingParties,
     agree,
+    describe_refused,
 )
-from lrd.errors import EXIT_USER_ERROR, first_line
+from lrd.errors import EXIT_USER_ERROR, UserError, first_line
 
 _DEFAULT_PORT = 29500
 _DEFAULT_TIMEOUT_SECONDS = "600"
@@ -83,6 +86,7 @@ class LauncherRendezvous(RendezvousHandler):
                 f"--machine_rank: is {self.machine_rank}, but --num_machines is {self.num_machines}"
             )
 
+        self._token = JobToken.from_environment()
         self._server: TCPStore | None = None  # on the main host
         self._store: PrefixStore | None = None  # the launchers' store, since they met
         self._arrivals: list[int] = []  # arrivals of each machine, when they met
@@ -104,6 +108,8 @@ class LauncherRendezvous(RendezvousHandler):
             try:
                 meeting = self._meet(store, deadline)
                 break
+            except UserError as error:  # it has another token than the main host
+                _exit_with_error(str(error))
             except TimeoutError as error:
                 reason = f"no machine {error}" if isinstance(error, MissingParties) else str(error)
                 _exit_with_error(
@@ -129,7 +135,7 @@ class LauncherRendezvous(RendezvousHandler):
                 )
 
         self._arrivals = meeting.arrivals
-        self._store = PrefixStore(f"{LAUNCHERS_KEY}/{meeting.name}", store)
+        self._store = PrefixStore(f"{LAUNCHERS_KEY}/{meeting.name}", self._token.own_keys(store))
         os.environ[LAUNCHERS_MEETING_VARIABLE] = meeting.name  # the ranks inherit it
 
         bootstrap = RendezvousStoreInfo(self.address, self.port)
@@ -145,7 +151,7 @@ class LauncherRendezvous(RendezvousHandler):
         if self.machine_rank != 0 or self._server is None:
             return 0
 
-        store = PrefixStore(LAUNCHERS_KEY, self._server)
+        store = PrefixStore(LAUNCHERS_KEY, self._token.own_keys(self._server))
         num_waiting = 0
         for machine, arrivals in enumerate(self._arrivals):
             if store.add(f"arrivals/{machine}", 0) > arrivals:
@@ -190,7 +196,16 @@ class LauncherRendezvous(RendezvousHandler):
             time.sleep(0.05)
 
     def _meet(self, store: TCPStore, deadline: float) -> Meeting:
-        """Raises TimeoutError where not all come, DistError where the store goes away."""
+        """Meet in a store.
+
+        Raises:
+            TimeoutError: not all come.
+            DistError: the store goes away.
+            UserError: the main host has another job token.
+        """
+        door = Door(
+            store, "lrd/door/launchers", self._token, self.name, on_refused=self._report_refused
+        )
         statement = {"name": self.name, "machines": self.num_machines}
 
         # The meeting ends by itself at the deadline and names who is missing. The time limit, a
@@ -199,12 +214,14 @@ class LauncherRendezvous(RendezvousHandler):
         return network.call_with_timeout(
             seconds_left,
             lambda: agree(
-                PrefixStore(LAUNCHERS_KEY, store),
+                PrefixStore(LAUNCHERS_KEY, self._token.own_keys(store)),
                 party=self.machine_rank,
                 num_parties=self.num_machines,
                 deadline=deadline,
                 statement=statement,
                 on_wait=self._notice_missing,
+                token=self._token,
+                door=door,
             ),
         )
 
@@ -283,6 +300,9 @@ class LauncherRendezvous(RendezvousHandler):
 
     def _connect(self) -> TCPStore:
         return TCPStore(self.address, self.port, is_master=False, wait_for_workers=False)
+
+    def _report_refused(self, name: str) -> None:
+        console.error(f"{self.name}: {describe_refused(name)}")
 
     def _notice_missing(self, missing: list[int]) -> None:
         machines = ", ".join(map(str, missing))

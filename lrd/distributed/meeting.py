@@ -3,19 +3,27 @@
 Every party knows its number and how many parties there are. A store may hold what parties left
 behind that are gone by now, for example the ranks of a start that crashed; such remains must not
 be taken for a party that is here.
+
+With a job token (`LRD_JOB_TOKEN`) the parties prove to each other that they have the same one: what
+they write is authenticated by an HMAC over the name of the meeting, which is new each time. The
+token itself never travels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from lrd.errors import UserError
 
 # Where in the store the launchers of several hosts meet.
 LAUNCHERS_KEY = "lrd/launchers"
@@ -23,7 +31,13 @@ LAUNCHERS_KEY = "lrd/launchers"
 # A launcher passes the name of its meeting to its ranks in this environment variable.
 LAUNCHERS_MEETING_VARIABLE = "LRD_LAUNCHERS_MEETING"
 
+# Parties with another value of this environment variable do not meet.
+JOB_TOKEN_VARIABLE = "LRD_JOB_TOKEN"
+
 _POLL_SECONDS = 0.02
+_SECONDS_BEFORE_THE_DOOR = 2.0  # party 0 may only be starting
+_MAX_REFUSALS_READ = 8
+_MAX_NAME_LENGTH = 100
 _NO_PROPOSAL = b'["", []]'  # (store id, counts) before party 0 has proposed
 
 
@@ -32,6 +46,131 @@ class MissingParties(TimeoutError):
 
     def __init__(self, numbers: list[int]) -> None:
         super().__init__(", ".join(map(str, numbers)))
+
+
+@dataclass(frozen=True)
+class JobToken:
+    """A secret that the parties of one job share; empty: they have none, and no proof is asked for.
+
+    Attributes:
+        secret: the token. It should be random: whoever can read the store can try out short ones.
+    """
+
+    secret: bytes = b""
+
+    @classmethod
+    def from_environment(cls) -> JobToken:
+        """The token that `LRD_JOB_TOKEN` has."""
+        return cls(os.fsencode(os.environ.get(JOB_TOKEN_VARIABLE, "")))
+
+    def prove(self, *facts: str) -> str:
+        """A proof that who states these facts has the token; empty without one."""
+        if not self.secret:
+            return ""
+        return hmac.new(self.secret, json.dumps(facts).encode(), hashlib.sha256).hexdigest()
+
+    def is_proven(self, proof: str | bytes, *facts: str) -> bool:
+        """Whether a proof is that of `prove`. Takes equally long wherever the two differ."""
+        given = proof if isinstance(proof, bytes) else proof.encode(errors="replace")
+        return hmac.compare_digest(given, self.prove(*facts).encode())
+
+    @property
+    def key_prefix(self) -> str:
+        """What the keys of parties with this token begin with in a store; empty without one."""
+        return f"lrd-{self.prove('keys')[:32]}/" if self.secret else ""
+
+    def own_keys(self, store: Store) -> Store:
+        """The part of a store that only parties with this token use; without one, all of it."""
+        return PrefixStore(self.key_prefix.rstrip("/"), store) if self.secret else store
+
+
+NO_TOKEN = JobToken()
+
+
+class Door:
+    """Where a party that has another token than party 0 learns it, and leaves its name.
+
+    Parties with different tokens use different keys, so they would wait for each other in silence.
+    Whoever reaches the store can write here too, so nothing here decides who is met.
+
+    Args:
+        store: the store itself, whose keys all parties see.
+        key: of this door.
+        token: this party's.
+        name: this party's, for messages.
+        on_refused: is called by party 0 with the name of each party that was refused.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        token: JobToken,
+        name: str,
+        on_refused: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._store = store
+        self._key = key
+        self._token = token
+        self._name = name
+        self._on_refused = on_refused
+        self._num_read = 0
+
+    def keep(self) -> None:
+        """Say, as party 0, which token is asked for, without giving it away."""
+        nonce = uuid.uuid4().hex
+        sign = {"name": self._name, "nonce": nonce, "proof": self._token.prove("door", nonce)}
+        self._store.set(self._key, json.dumps(sign))
+
+    def report_refused(self) -> None:
+        """Report, as party 0, who has left a name since the last call; a few of them at most."""
+        key = f"{self._key}/refused/{self._num_read}"
+        if self._num_read < _MAX_REFUSALS_READ and self._store.check([key]):
+            self._num_read += 1
+            self._on_refused(_clean(self._store.get(key).decode(errors="replace")))
+
+    def require_own_token(self) -> None:
+        """Leave the name and raise if the party 0 that is here has another token.
+
+        Raises:
+            UserError: says whose token differs from whose.
+        """
+        try:
+            sign = json.loads(self._store.get(self._key) if self._store.check([self._key]) else "")
+            keeper, nonce, proof = (str(sign[key]) for key in ("name", "nonce", "proof"))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return  # there is no door yet, or a stranger has written there
+        if self._token.is_proven(proof, "door", nonce):
+            return
+
+        for number in range(_MAX_REFUSALS_READ):
+            key = f"{self._key}/refused/{number}"
+            if not self._store.check([key]):
+                self._store.set(key, self._name)
+                break
+        raise UserError(self._describe_refusal(_clean(keeper), has_token=bool(proof)))
+
+    def _describe_refusal(self, keeper: str, has_token: bool) -> str:
+        if not self._token.secret:
+            return (
+                f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has none, and {keeper} has one"
+            )
+        if not has_token:
+            return (
+                f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has one, and {keeper} has none"
+            )
+        return f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has not that of {keeper}"
+
+
+def describe_refused(name: str) -> str:
+    """What party 0 says of a party that was refused."""
+    return f"refused {name}, whose {JOB_TOKEN_VARIABLE} is missing or not that of this job"
+
+
+def _clean(name: str) -> str:
+    """A name from the store, which anybody may have written, for a message."""
+    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return printable[:_MAX_NAME_LENGTH]
 
 
 @dataclass(frozen=True)
@@ -56,6 +195,8 @@ def agree(
     deadline: float,
     statement: dict[str, Any],
     on_wait: Callable[[list[int]], None] = lambda missing: None,
+    token: JobToken = NO_TOKEN,
+    door: Door | None = None,
 ) -> Meeting:
     """Return when all parties are here at the same time.
 
@@ -77,15 +218,22 @@ def agree(
         statement: what this party says of itself; JSON, and short, because every party reads it.
         on_wait: is called by party 0 at each look, with the numbers of the parties it still waits
             for.
+        token: what the other parties have to prove that they have too.
+        door: where parties with another token are told so.
 
     Raises:
+        UserError: party 0 has another token.
         MissingParties: the deadline has passed; names who is missing, as party 0 sees it, or party
             0 itself if it has not seen this party.
         TimeoutError: another process arrived under this party's number after it.
     """
     # 1. Arrive.
     arrival = store.add(f"arrivals/{party}", 1)
-    store.set(f"says/{party}/{arrival}", json.dumps(statement))
+    statement_text = json.dumps(statement)
+    store.set(f"says/{party}/{arrival}", statement_text)
+    look_at_door = time.monotonic() + _SECONDS_BEFORE_THE_DOOR
+    if party == 0 and door is not None:
+        door.keep()
 
     # Another store may see the same counts, and its meeting needs another name.
     store_id = uuid.uuid4().hex
@@ -98,29 +246,39 @@ def agree(
             store.set("proposal", json.dumps([store_id, counts]))
 
         proposal = store.get("proposal") if store.check(["proposal"]) else _NO_PROPOSAL
-        arrivals = json.loads(proposal)[1]
+        arrivals = _parse_proposal(proposal)
         name = hashlib.sha256(proposal).hexdigest()[:16]
 
         # 3. Agree, and 5. read what was agreed.
         is_proposed = len(arrivals) == num_parties and arrivals[party] == arrival
         if is_proposed:
-            store.set(f"agrees/{name}/{party}", "")
+            proof = token.prove("agrees", name, str(party), statement_text)
+            store.set(f"agrees/{name}/{party}", proof)
             if store.check([f"agreed/{name}"]):
-                return _read_meeting(store, name, arrivals)
+                meeting = _read_meeting(store, name, arrivals, token)
+                if meeting is not None:
+                    return meeting
         elif len(arrivals) == num_parties and arrivals[party] > arrival:
             raise TimeoutError(f"another process arrived as number {party}")
+        elif not arrivals and door is not None and time.monotonic() > look_at_door:
+            door.require_own_token()
 
         # 4. Say that all agreed, or who is missing.
         if party == 0:
-            missing = [
-                other for other in range(num_parties) if not store.check([f"agrees/{name}/{other}"])
+            agreed = [
+                _read_agreement(store, name, other, counts[other], token)
+                for other in range(num_parties)
             ]
+            missing = [other for other, text in enumerate(agreed) if text is None]
+            if door is not None:
+                door.report_refused()
             on_wait(missing)
             if not missing:
                 # The others leave with this meeting from now on. Another look might see a party
                 # that has come back meanwhile, and party 0 would go on waiting without them.
-                store.set(f"agreed/{name}", "")
-                return _read_meeting(store, name, arrivals)
+                texts = [text for text in agreed if text is not None]
+                store.set(f"agreed/{name}", token.prove("agreed", name, *texts))
+                return Meeting(name, arrivals, [json.loads(text) for text in texts])
 
             if reported_missing != (name, missing):
                 reported_missing = (name, missing)
@@ -135,11 +293,44 @@ def agree(
         time.sleep(_POLL_SECONDS * (1 + num_parties / 64))
 
 
-def _read_meeting(store: Store, name: str, arrivals: list[int]) -> Meeting:
-    """Read what the parties said who agreed to a proposal."""
+def _parse_proposal(proposal: bytes) -> list[int]:
+    """The arrival counts of a proposal; none if it is not one of party 0's."""
+    try:
+        counts = json.loads(proposal)[1]
+        return [int(count) for count in counts]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+
+
+def _read_agreement(
+    store: Store, name: str, party: int, arrival: int, token: JobToken
+) -> str | None:
+    """Read what a party said that agreed to party 0's proposal.
+
+    Returns:
+        Its statement; None if it has not agreed, or not with this token.
+    """
+    key = f"agrees/{name}/{party}"
+    if not store.check([key]):
+        return None
+
+    proof, statement = store.multi_get([key, f"says/{party}/{arrival}"])
+    text = statement.decode(errors="replace")
+    return text if token.is_proven(proof, "agrees", name, str(party), text) else None
+
+
+def _read_meeting(store: Store, name: str, arrivals: list[int], token: JobToken) -> Meeting | None:
+    """Read what the parties said who agreed to a proposal.
+
+    Returns:
+        None: it was not party 0 that said that all agreed to these statements.
+    """
     keys = [f"says/{party}/{arrival}" for party, arrival in enumerate(arrivals)]
-    statements = [json.loads(value) for value in store.multi_get(keys)]
-    return Meeting(name, arrivals, statements)
+    proof, *statements = store.multi_get([f"agreed/{name}", *keys])
+    texts = [statement.decode(errors="replace") for statement in statements]
+    if not token.is_proven(proof, "agreed", name, *texts):
+        return None
+    return Meeting(name, arrivals, [json.loads(text) for text in texts])
 
 
 def _read_missing(store: Store, name: str, party: int) -> list[int]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 
@@ -25,6 +25,7 @@ _POLL_SECONDS = 0.5
 _MAX_UNREACHABLE_NAMED = 3
 
 _abandoned_threads: list[threading.Thread] = []  # of calls to a store that were not done in time
+_exit_statuses: list[Any] = []  # what `sys.exit` was called with, since a thread was abandoned
 
 
 def wait_for_port(
@@ -131,6 +132,8 @@ def call_with_timeout(seconds: float, action: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
+        if not _abandoned_threads:
+            _remember_exit_status()
         _abandoned_threads.append(thread)
         raise TimeoutError("no answer from the store")
     return results[0]
@@ -154,12 +157,28 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _remember_exit_status() -> None:
+    """Have `sys.exit` note its status: an exit handler is not told it."""
+    leave = sys.exit
+
+    def note_and_leave(status: Any = None) -> NoReturn:
+        _exit_statuses.append(status)
+        leave(status)
+
+    sys.exit = note_and_leave
+
+
 def _exit_past_abandoned_threads() -> None:
     """End a launcher that is not lrd's own, before Python's clean-up."""
-    if has_abandoned_threads():
-        # An exit handler is not told the status. Python sets this for an uncaught exception; what
-        # ends by sys.exit with a status of its own calls `exit_at_once`.
-        exit_at_once(1 if hasattr(sys, "last_value") else 0)
+    if not has_abandoned_threads():
+        return
+
+    # Python sets `last_value` for an uncaught exception, other than that of `sys.exit`.
+    status = 1 if hasattr(sys, "last_value") else 0
+    if _exit_statuses:
+        last = _exit_statuses[-1]
+        status = last if isinstance(last, int) else int(last is not None)
+    exit_at_once(status)
 
 
 atexit.register(_exit_past_abandoned_threads)

@@ -22,14 +22,19 @@ from typing import Any
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from lrd import console
 from lrd.distributed import network
 from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
+    NO_TOKEN,
+    Door,
+    JobToken,
     Meeting,
     MissingParties,
     agree,
     describe_differences,
+    describe_refused,
 )
 from lrd.errors import RunError, UserError, first_line
 
@@ -74,14 +79,16 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
     deadline = time.monotonic() + timeout.total_seconds()
 
     _require_a_launcher(deadline)
-    store, rank, world_size = _open_store(timeout)
-    _require_the_same_launchers(store)
+    whole_store, rank, world_size = _open_store(timeout)
+    token = JobToken.from_environment()
+    store = token.own_keys(whole_store)
+    _require_the_same_launchers(store, whole_store, token, rank)
 
     facts_text = json.dumps(facts, sort_keys=True)
     store.set(f"lrd/facts/{rank}", facts_text)
 
     # Every rank reads all statements, so a statement has a digest of the facts.
-    ranks = _Ranks(store, rank, world_size, deadline, timeout)
+    ranks = _Ranks(store, rank, world_size, deadline, timeout, token, whole_store)
     meeting = ranks.meet(
         "lrd/ranks",
         {
@@ -97,13 +104,15 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
     _require_interfaces(names, [statement["interface_problem"] for statement in meeting.statements])
     _require_equal_facts(store, names, [statement["facts"] for statement in meeting.statements])
 
-    prefix = f"lrd/start/{meeting.name}"
+    # The prefix with which the roll call finds this start's keys in the store itself.
+    start = f"lrd/start/{meeting.name}"
+    prefix = f"{token.key_prefix}{start}"
     addresses = [statement["address"] for statement in meeting.statements]
     address = network.set_gloo_interface(addresses, rank)
     if len(set(hosts)) > 1:
-        _require_open_ports(ranks, prefix, names, address)
+        _require_open_ports(ranks, start, names, address)
 
-    return RankGroup(PrefixStore(prefix, store), prefix, rank, world_size)
+    return RankGroup(PrefixStore(start, store), prefix, rank, world_size)
 
 
 def _open_store(timeout: timedelta) -> tuple[Store, int, int]:
@@ -174,6 +183,8 @@ class _Ranks:
     world_size: int
     deadline: float
     timeout: timedelta
+    token: JobToken = NO_TOKEN
+    whole_store: Store | None = None  # with the keys of parties that have another token
 
     @property
     def host(self) -> str:
@@ -184,13 +195,26 @@ class _Ranks:
 
         Raises:
             RunError: not all ranks came before the deadline.
+            UserError: rank 0 has another job token.
         """
         seconds_left = self.deadline - time.monotonic() + _GRACE_SECONDS
         store = PrefixStore(key, self.store)
+        door = None
+        if self.whole_store is not None:
+            name = f"rank {self.rank} on {self.host}"
+            door = Door(self.whole_store, "lrd/door/ranks", self.token, name, _report_refused)
         try:
             return network.call_with_timeout(
                 seconds_left,
-                lambda: agree(store, self.rank, self.world_size, self.deadline, statement),
+                lambda: agree(
+                    store,
+                    self.rank,
+                    self.world_size,
+                    self.deadline,
+                    statement,
+                    token=self.token,
+                    door=door,
+                ),
             )
         except TimeoutError as error:
             reason = f"no rank {error}" if isinstance(error, MissingParties) else str(error)
@@ -242,13 +266,24 @@ def _require_rank_0(address: str, port: int, deadline: float) -> None:
         )
 
 
-def _require_the_same_launchers(store: Store) -> None:
-    """Raise if the store is that of a main host that came back.
+def _report_refused(name: str) -> None:
+    console.error(describe_refused(name))
+
+
+def _require_the_same_launchers(
+    store: Store, whole_store: Store, token: JobToken, rank: int
+) -> None:
+    """Raise if the store is that of a main host that came back, or of another job.
 
     Ranks that were still starting would wait in it for ranks whose launcher waits for theirs.
     """
     meeting_name = os.environ.get(LAUNCHERS_MEETING_VARIABLE)
-    if meeting_name is not None and not store.check([f"{LAUNCHERS_KEY}/agreed/{meeting_name}"]):
+    if meeting_name is None:
+        return
+
+    name = f"rank {rank} on {socket.gethostname()}"
+    Door(whole_store, "lrd/door/launchers", token, name).require_own_token()
+    if not store.check([f"{LAUNCHERS_KEY}/agreed/{meeting_name}"]):
         raise RunError(
             "the main host was started again while this rank started; "
             "its launcher has to meet it first"

@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from lrd.distributed import meeting
-from lrd.distributed.meeting import MissingParties
+from lrd.distributed.meeting import NO_TOKEN, Door, JobToken, MissingParties
+from lrd.errors import UserError
 
 
 @pytest.fixture
@@ -70,3 +71,88 @@ def test_party_0_leaves_with_the_meeting_that_it_has_announced(store: dist.TCPSt
         other_meeting = other.result()
     assert main_meeting.arrivals == [1, 1]
     assert main_meeting == other_meeting
+
+
+# ---------------------------------------------------------------------------
+# A job token
+
+TOKEN = JobToken(b"a secret of this job")
+OTHER = JobToken(b"a secret of another job")
+
+
+def meet(
+    store: dist.Store, party: int, token: JobToken, seconds: float, refused: list[str]
+) -> meeting.Meeting:
+    door = Door(store, "door", token, f"host{party}", refused.append)
+    deadline = deadline_in(seconds)
+    statement = {"party": party}
+    return meeting.agree(
+        token.own_keys(store), party, 2, deadline, statement, token=token, door=door
+    )
+
+
+def test_parties_with_one_token_meet_and_the_token_is_in_no_key_and_no_value(
+    store: dist.TCPStore,
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        pending = [pool.submit(meet, store, party, TOKEN, 5, []) for party in range(2)]
+        first, second = (future.result() for future in pending)
+    assert first == second
+    assert first.statements == [{"party": 0}, {"party": 1}]
+
+    written = [key.encode() + store.get(key) for key in store.list_keys() if store.check([key])]
+    assert not [entry for entry in written if TOKEN.secret in entry]
+    assert [key for key in store.list_keys() if key.startswith(TOKEN.key_prefix)]
+
+
+@pytest.mark.parametrize(
+    ("token", "other", "reason"),
+    [
+        (TOKEN, OTHER, "it has not that of host0"),
+        (TOKEN, NO_TOKEN, "it has none, and host0 has one"),
+        (NO_TOKEN, TOKEN, "it has one, and host0 has none"),
+    ],
+)
+def test_a_party_with_another_token_is_refused_on_both_sides_and_the_job_goes_on(
+    store: dist.TCPStore, token: JobToken, other: JobToken, reason: str
+) -> None:
+    refused: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        keeper = pool.submit(meet, store, 0, token, 30, refused)
+        with pytest.raises(UserError) as caught:
+            meet(store, 1, other, 30, [])
+        assert str(caught.value) == f"LRD_JOB_TOKEN: host1 was refused: {reason}"
+
+        while not refused:
+            time.sleep(0.01)
+        right = pool.submit(meet, store, 1, token, 30, [])
+        assert keeper.result() == right.result()
+    assert refused == ["host1"]
+
+
+def test_who_sees_all_keys_and_has_no_token_is_not_met(store: dist.TCPStore) -> None:
+    """A stranger's client lists the keys, and writes what party 1 would write."""
+    keys = dist.PrefixStore(TOKEN.key_prefix.rstrip("/"), store)
+    refused: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        keeper = pool.submit(meet, store, 0, TOKEN, 1.5, refused)
+        stranger = pool.submit(meeting.agree, keys, 1, 2, deadline_in(1.5), {"party": 1})
+        for party in (keeper, stranger):
+            assert isinstance(party.exception(), MissingParties)
+
+
+@pytest.mark.parametrize("noise", [b"", b"\xff\0", b"[" * 100_000, b'["", {}]', b'{"a": 1}', b"7"])
+def test_noise_in_the_keys_that_anybody_knows_harms_no_party_with_a_token(
+    store: dist.TCPStore, noise: bytes
+) -> None:
+    text = noise.decode("latin-1")
+    for key in ("door", "door/refused/0", "proposal", "arrivals/0", "arrivals/1"):
+        store.set(key, text)
+
+    refused: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        pending = [pool.submit(meet, store, party, TOKEN, 20, refused) for party in range(2)]
+        assert pending[0].result() == pending[1].result()
+    for name in refused:
+        assert len(name) <= 100
+        assert name.isprintable()

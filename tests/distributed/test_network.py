@@ -276,6 +276,8 @@ assert network.has_abandoned_threads()
     [
         ("", 0),
         ("raise RuntimeError('as the launcher ends where ranks have failed')", 1),
+        ("sys.exit(3)", 3),
+        ("sys.exit('as a program ends with a message')", 1),
         ("network.exit_at_once(2)", 2),
     ],
 )
