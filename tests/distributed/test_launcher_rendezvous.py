@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -105,3 +107,37 @@ def test_without_a_machine_rank_on_the_command_line_the_message_asks_for_it(
     with pytest.raises(SystemExit):
         launcher_rendezvous._find_machine_rank("first", 2)
     assert "--machine_rank: is first; must be 0 on the main host" in capsys.readouterr().err
+
+
+def test_a_launcher_with_another_job_token_is_refused_and_both_sides_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launchers = []
+    for rank, token in (("0", "this job's"), ("1", "another job's")):
+        monkeypatch.setenv("LRD_JOB_TOKEN", token)
+        parameters = RendezvousParameters(
+            "lrd", "127.0.0.1:0", "none", 2, 2, rank=rank, timeout="12"
+        )
+        launchers.append(LauncherRendezvous(parameters))
+    main_launcher, other_launcher = launchers
+    main_launcher._serve(time.monotonic() + 5)
+    other_launcher.port = main_launcher.port
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(launcher.next_rendezvous) for launcher in launchers]
+        for end in ends:
+            error = end.exception()
+            assert isinstance(error, SystemExit)
+            assert error.code == 2
+
+    host = socket.gethostname()
+    main_name, other_name = (f"{host} (machine_rank {number})" for number in range(2))
+    own_line, *main_lines = sorted(capsys.readouterr().err.splitlines())
+    assert own_line == (
+        f"lrd: LRD_JOB_TOKEN: {other_name} was refused: it has not that of {main_name}"
+    )
+    assert sorted(main_lines, key=len, reverse=True) == [
+        f"lrd: {main_name}: refused {other_name}, whose LRD_JOB_TOKEN is missing "
+        "or not that of this job",
+        f"lrd: {main_name}: the hosts did not come together within 12 s: no machine 1",
+    ]

@@ -224,7 +224,13 @@ def make_host(
     persistent_folders = [
         mount["mountPath"] for mount in container.get("volumeMounts", []) if mount["name"] in claims
     ]
-    variables = {variable["name"]: variable["value"] for variable in container.get("env", [])}
+    variables = {
+        variable["name"]: variable["value"]
+        for variable in container.get("env", [])
+        if "value" in variable
+    }
+    (token,) = [entry for entry in container["env"] if entry["name"] == "LRD_JOB_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"]["name"] == "lrd-job-token"
     environment = injected_environment | variables
     words = [*container["command"], *container["args"]]
     return Host(
