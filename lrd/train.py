@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
+from lrd.checkpoint.mirror.uploader import END_SECONDS
 from lrd.distributed import communication, roll_call
 from lrd.distributed.accelerator import check_launch_variables, exit_process
 from lrd.distributed.replica_check import compare_replicas
@@ -113,7 +114,7 @@ def train(job: Job, signals: StopSignals) -> int:
             stop_signal = end_step(job, progress, signals, stop_signal)
             profile_step()
 
-        return finish(job, progress, stop_signal)
+        return finish(job, progress, signals, stop_signal)
 
 
 def forward_backward(job: Job) -> tuple[Tensor, Tensor]:
@@ -243,10 +244,7 @@ def save_checkpoint(job: Job) -> None:
     if job.step == job.last_eval_step == job.total_steps:
         job.tracker.record_end(job.step)
 
-    best_step = None
-    if job.recipe.checkpoint.keep_best and job.best is not None:
-        best_step = job.best["step"]
-    job.writer.save(state, best_step)
+    job.writer.save(state, job.kept_best_step)
     job.write_status("running")
 
 
@@ -309,14 +307,15 @@ def handle_checkpoint_error(job: Job) -> None:
             console.error(f"{line}; training goes on")
 
 
-def finish(job: Job, progress: Progress, stop_signal: int) -> int:
+def finish(job: Job, progress: Progress, signals: StopSignals, stop_signal: int) -> int:
     """Wait for the last checkpoint and report how the run ended.
 
     Returns:
         The exit status.
 
     Raises:
-        UserError: the last checkpoint could not be written.
+        UserError: the last checkpoint could not be written, or not be uploaded and
+            `checkpoint.on_error` is `stop`.
     """
     with progress.pause("checkpoints"):
         result: list[Any] = [[], True] if job.writer is None else list(job.writer.finish())
@@ -329,6 +328,8 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
         for line in errors:
             console.error(line)
 
+    wait_for_upload(job, signals, stop_signal)
+
     if job.step >= job.total_steps and not job.is_evaluation_due:
         job.write_status("finished")
         progress.print_summary()
@@ -340,6 +341,31 @@ def finish(job: Job, progress: Progress, stop_signal: int) -> int:
         "the same command goes on from here"
     )
     return EXIT_STOPPED
+
+
+def wait_for_upload(job: Job, signals: StopSignals, stop_signal: int) -> None:
+    """Wait a limited time until the last checkpoint is in the mirror, on all ranks.
+
+    A rank that left earlier would make the launcher end the one that uploads.
+
+    Raises:
+        UserError: it is not there, and `checkpoint.on_error` is `stop`.
+    """
+    if job.recipe.checkpoint.mirror is None:
+        return
+
+    line = None
+    if job.writer is not None and job.writer.uploader is not None:
+        # The others wait in a collective, which fails after the recipe's timeout.
+        limit = min(END_SECONDS, 30.0 * job.recipe.trainer.timeout_minutes)
+        line = job.writer.uploader.finish(limit, lambda: bool(stop_signal or signals.received))
+    line = communication.broadcast_from_main(line)
+    if line is None:
+        return
+    if job.recipe.checkpoint.on_error == "stop":
+        raise UserError(line)
+    if job.writer is not None:
+        console.error(line)
 
 
 def run(recipe_path: str, overrides: list[str]) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor
 from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
+from lrd.checkpoint.mirror.claim import Claim
+from lrd.checkpoint.mirror.uploader import ERROR_SECONDS, Uploader
 from lrd.errors import UserError, describe_os_error
 
 
@@ -41,8 +43,10 @@ class AsyncWriter:
         section: the recipe's `checkpoint`.
         records: of the run. Those up to a step are on the disk before the checkpoint of that step
             is.
+        claim: the right to write to the mirror; None if the recipe names none.
 
     Attributes:
+        uploader: copies what was published to the mirror; None without one.
         errors: a line for each write that failed; `take_errors` removes them.
         last_requested_step: the step of the latest `save`; None before the first.
         last_published_step: the step of the latest checkpoint that was published; None before the
@@ -51,7 +55,13 @@ class AsyncWriter:
         seconds_writing: seconds that writing took, in the background or not.
     """
 
-    def __init__(self, run_dir: Path, section: recipes.Checkpoint, records: Records) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        section: recipes.Checkpoint,
+        records: Records,
+        claim: Claim | None = None,
+    ) -> None:
         self.run_dir = run_dir
         self.section = section
         self.records = records
@@ -66,6 +76,10 @@ class AsyncWriter:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending_write: Future[None] | None = None
 
+        self.uploader: Uploader | None = None
+        if claim is not None:
+            self.uploader = Uploader(claim, run_dir, section, self._report_upload)
+
     def __enter__(self) -> AsyncWriter:
         return self
 
@@ -77,6 +91,14 @@ class AsyncWriter:
     ) -> None:
         """Finish the write that is pending, whatever ended the run: its copy is complete."""
         self.wait()
+        if self.uploader is None:
+            return
+
+        if error is not None:
+            line = self.uploader.finish(ERROR_SECONDS, is_stopping=lambda: False)
+            if line is not None:
+                console.info(line)
+        self.uploader.close()
 
     def save(self, state: store.TrainState, best_step: int | None) -> None:
         """Copy a state and have it written. Waits for the previous write if that is still pending.
@@ -146,8 +168,17 @@ class AsyncWriter:
         except OSError as error:
             self.errors.append(describe_os_error(error))
         else:
+            if self.uploader is not None:
+                self.uploader.offer(state.step, best_step)
             self._delete_old(best_step)
         self.seconds_writing += time.perf_counter() - start
+
+    def _report_upload(self, line: str) -> None:
+        """Report an upload that failed; it is an error of the run only if the recipe says so."""
+        if self.section.on_error == "stop":
+            self.errors.append(line)
+        else:
+            console.error(line)
 
     def _delete_old(self, best_step: int | None) -> None:
         """Delete old checkpoints and print what goes wrong. Runs in the thread."""

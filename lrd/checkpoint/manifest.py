@@ -31,12 +31,13 @@ def write_manifest(folder: Path, step: int, files: Iterable[str]) -> None:
         step: the step that the checkpoint belongs to.
         files: names of the files in `folder`.
     """
-    entries = {
-        "format": LAYOUT_VERSION,
-        "step": step,
-        "files": {file: measure(folder / file) for file in files},
-    }
-    (folder / NAME).write_text(_render(entries), encoding="utf-8")
+    text = render(step, {file: measure(folder / file) for file in files})
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def render(step: int, measured: dict[str, Any]) -> str:
+    """The text of the manifest of a step, from what `measure` says of each file by its name."""
+    return _render({"format": LAYOUT_VERSION, "step": step, "files": measured})
 
 
 def layout_version(folder: Path) -> Any:

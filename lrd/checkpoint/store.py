@@ -49,6 +49,7 @@ _REQUIRED_FILES = {
     3: {MODEL_FILE, OPTIMIZER_FILE, TRAINER_FILE, CONFIG_FILE},
 }
 _OPTIONAL_FILES = {EMA_FILE}
+FILES = {*_REQUIRED_FILES[3], *_OPTIONAL_FILES}  # all that may be beside the manifest
 
 # What `trainer.json` must have, so that a run can go on from it.
 _TRAINER_TYPES: dict[str, Any] = {
@@ -127,17 +128,20 @@ def list_steps(run_dir: Path) -> list[int]:
     if not checkpoints_dir(run_dir).is_dir():
         return []
 
-    steps = []
-    for entry in checkpoints_dir(run_dir).iterdir():
-        match = _NAME_PATTERN.fullmatch(entry.name)
-        if match is None or not entry.is_dir():
-            continue
+    entries = checkpoints_dir(run_dir).iterdir()
+    steps = [parse_name(entry.name) for entry in entries if entry.is_dir()]
+    return sorted(step for step in steps if step is not None)
 
-        # Nine digits that begin with a zero match too, but no run writes such a name.
-        step = int(match[1])
-        if entry.name == checkpoint_name(step):
-            steps.append(step)
-    return sorted(steps)
+
+def parse_name(name: str) -> int | None:
+    """The step of a checkpoint's folder, by its name; None if it is no name of a checkpoint."""
+    match = _NAME_PATTERN.fullmatch(name)
+    if match is None:
+        return None
+
+    # Nine digits that begin with a zero match too, but no run writes such a name.
+    step = int(match[1])
+    return step if name == checkpoint_name(step) else None
 
 
 def save(run_dir: Path, state: TrainState) -> Path:

@@ -28,9 +28,9 @@ from lrd.errors import RunError, UserError, describe_os_error
 
 _NO_CHECKPOINT = -1  # in place of a step
 _CHUNK_BYTES = 1 << 24  # what each rank holds in memory of a file while it is broadcast
-_RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
+RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
 
-# A checkpoint's file or one of _RECORD_FILES; no part of it begins with a dot.
+# A checkpoint's file or one of RECORD_FILES; no part of it begins with a dot.
 _COPIED_NAME = re.compile(
     r"checkpoints/step-[0-9]{8,20}/\w[\w.-]{0,199}|events\.out\.tfevents\.[\w.-]{1,220}|metrics\.csv"
 )
@@ -98,7 +98,7 @@ def fetch_newest(run_dir: Path) -> None:
         if error is not None:
             errors.append(error)
 
-    run_on_main_process(lambda: _publish(staging, run_dir, errors))
+    run_on_main_process(lambda: _publish_copied(staging, run_dir, errors))
 
 
 def _newest_valid_step(run_dir: Path) -> int:
@@ -126,7 +126,7 @@ def _list_files(run_dir: Path, step: int) -> dict[str, int]:
 
     # The records too, or the run's curves would begin at this step on rank 0's host. If a survivor
     # saved this, the records are on the host that was rank 0's then; here are older ones at most.
-    paths = [] if "rescued" in trainer else _record_files(run_dir)
+    paths = [] if "rescued" in trainer else record_files(run_dir)
     for folder in folders:
         paths += folder.iterdir()
     sizes = {str(path.relative_to(run_dir)): path.stat().st_size for path in sorted(paths)}
@@ -152,9 +152,9 @@ def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
             )
 
 
-def _record_files(folder: Path) -> list[Path]:
+def record_files(folder: Path) -> list[Path]:
     """The event files and `metrics.csv` of a run directory."""
-    return [path for pattern in _RECORD_FILES for path in folder.glob(pattern)]
+    return [path for pattern in RECORD_FILES for path in folder.glob(pattern)]
 
 
 def _copy_file(source_path: Path, target_path: Path, size: int, source: int) -> str | None:
@@ -212,23 +212,33 @@ def _write_chunk(path: Path, chunk: bytes, is_first: bool) -> None:
         os.fsync(stream.fileno())
 
 
-def _publish(staging: Path, run_dir: Path, errors: list[str]) -> None:
-    """Move the copied files to their places in the run directory.
-
-    Rank 0 calls this; the other ranks must not.
+def _publish_copied(staging: Path, run_dir: Path, errors: list[str]) -> None:
+    """Publish what was copied, on rank 0.
 
     Raises:
         UserError: a file could not be copied.
     """
-    try:
-        if errors:
-            raise UserError(
-                f"run_dir: the checkpoint of another host could not be copied to {run_dir}: "
-                f"{errors[0]}"
-            )
+    if errors:
+        _remove_folder(staging)
+        raise UserError(
+            f"run_dir: the checkpoint of another host could not be copied to {run_dir}: {errors[0]}"
+        )
+    publish(staging, run_dir)
 
+
+def publish(staging: Path, run_dir: Path) -> None:
+    """Move the files of a staged run directory to their places in the run directory.
+
+    Rank 0 calls this; the other ranks must not. A damaged checkpoint in the run directory that a
+    staged one replaces is moved aside to `*.damaged`.
+
+    Args:
+        staging: a folder in `run_dir` with valid checkpoints and records; it is removed.
+        run_dir: the run directory.
+    """
+    try:
         # Records first: they may contain later steps than a checkpoint, but not fewer.
-        for record_file in _record_files(staging):
+        for record_file in record_files(staging):
             record_file.replace(run_dir / record_file.name)
 
         # Each folder appears complete, by one rename.

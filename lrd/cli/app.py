@@ -61,11 +61,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe in one process. The same command resumes a run that was stopped."""
+    from lrd.distributed import network
     from lrd.distributed.accelerator import check_launch_variables
     from lrd.train import run
 
     _run_or_exit(check_launch_variables)
-    raise typer.Exit(run(recipe, overrides or []))
+    status = run(recipe, overrides or [])
+    if network.has_abandoned_threads():
+        network.exit_at_once(status)
+    raise typer.Exit(status)
 
 
 @app.command(
@@ -224,8 +228,8 @@ def compare(
 @app.command()
 def checkpoints(
     run_dir: Annotated[
-        Path,
-        typer.Argument(help="a run directory"),
+        str,
+        typer.Argument(help="a run directory, or a mirror: s3://bucket/prefix"),
     ],
     verify: Annotated[
         bool,

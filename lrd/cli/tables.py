@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lrd import console
-from lrd.checkpoint import store
+from lrd.checkpoint import manifest, store
 from lrd.checkpoint.export import export_weights
+from lrd.checkpoint.mirror import fetching
+from lrd.checkpoint.mirror.remote import Remote
 from lrd.checkpoint.network_config import read_config
 from lrd.checkpoint.run_records import RunSummary, describe_seconds, find_runs
 from lrd.errors import UserError
@@ -78,19 +80,26 @@ def _last_if_none(value: float | None, descending: bool = False) -> tuple[bool, 
     return False, -value if descending else value
 
 
-def checkpoints_table(run_dir: Path, verify: bool) -> bool:
+_COLUMNS = ["checkpoint", "size", "epoch", "best accuracy", "verified"]
+
+
+def checkpoints_table(place: str, verify: bool) -> bool:
     """Print a row for each checkpoint of a run, also for those that were moved aside as damaged.
 
     Args:
-        run_dir: the run directory.
+        place: the run directory, or the address of a mirror.
         verify: hash all files and add a column with the result.
 
     Returns:
         False if `verify` found a damaged checkpoint.
 
     Raises:
-        UserError: the run directory is missing or has no checkpoint.
+        UserError: the run directory is missing or has no checkpoint, or the mirror cannot be read.
     """
+    if is_mirror(place):
+        return _mirror_table(Remote(place), verify)
+
+    run_dir = Path(place)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
 
@@ -98,10 +107,6 @@ def checkpoints_table(run_dir: Path, verify: bool) -> bool:
     paths = sorted(path for path in folder.glob("step-*") if path.is_dir())
     if not paths:
         raise UserError(f"{run_dir}: no checkpoint in it")
-
-    columns = ["checkpoint", "size", "epoch", "best accuracy"]
-    if verify:
-        columns.append("verified")
 
     all_valid = True
     rows = []
@@ -115,19 +120,69 @@ def checkpoints_table(run_dir: Path, verify: bool) -> bool:
             all_valid = all_valid and damage is None
         rows.append(row)
 
-    console.table(str(run_dir), columns, rows)
+    console.table(str(run_dir), _COLUMNS if verify else _COLUMNS[:-1], rows)
+    return all_valid
+
+
+def is_mirror(place: str) -> bool:
+    """Whether a place is the address of a mirror, and no folder."""
+    return "://" in place
+
+
+def _mirror_table(remote: Remote, verify: bool) -> bool:
+    """Print a row for each checkpoint of a mirror. To verify one, it is copied here for a while."""
+    by_step = fetching.list_checkpoints(remote)
+    if not by_step:
+        raise UserError(f"{remote.url}: no checkpoint in it")
+
+    all_valid = True
+    rows = []
+    for step, sizes in by_step.items():
+        needed = sizes if verify else {store.TRAINER_FILE: sizes.get(store.TRAINER_FILE, 0)}
+        with fetching.downloaded(remote, step, needed) as path:
+            epoch, best = _describe_position(path)
+            damage = store.find_damage(path) if verify else None
+        row = [path.name, f"{sum(sizes.values()) / 1e6:.1f} MB", epoch, best]
+
+        is_whole = manifest.NAME in sizes
+        if not is_whole:
+            row[0] += " (not whole)"
+        if verify:
+            row.append("valid" if damage is None else f"damaged: {damage}")
+            all_valid = all_valid and (damage is None or not is_whole)
+        rows.append(row)
+
+    console.table(remote.url, _COLUMNS if verify else _COLUMNS[:-1], rows)
     return all_valid
 
 
 def export_weights_and_report(
-    run_dir: Path, out: Path, best: bool = False, ema: bool = False, step: int | None = None
+    place: str, out: Path, best: bool = False, ema: bool = False, step: int | None = None
 ) -> None:
     """Write the weights of a checkpoint to a file or folder and print how to use them.
+
+    Args:
+        place: the run directory, or the address of a mirror.
 
     Raises:
         UserError: there is no such checkpoint, or `out` cannot be written.
     """
+    if not is_mirror(place):
+        _export(Path(place), str(Path(place)), out, best, ema, step)
+        return
+
+    if best and step is not None:
+        raise UserError("best and step: give only one of them")
+    with fetching.downloaded_run(Remote(place), best, step) as run_dir:
+        try:
+            _export(run_dir, place, out, best, ema, step)
+        except UserError as error:
+            raise UserError(str(error).replace(str(run_dir), place)) from None
+
+
+def _export(run_dir: Path, place: str, out: Path, best: bool, ema: bool, step: int | None) -> None:
     path = export_weights(run_dir, out, best, ema, step)
+    place = f"{place}/{path.relative_to(run_dir)}"
     kind = "averaged weights" if ema else "weights"
     file = out / store.MODEL_FILE if out.is_dir() else out
     if read_config(file):
@@ -137,7 +192,7 @@ def export_weights_and_report(
             "an older lrd wrote them without a description of the network, so only "
             "safetensors.torch.load_file can load them"
         )
-    console.info(f"{out}: the {kind} of {path}; {advice}")
+    console.info(f"{out}: the {kind} of {place}; {advice}")
 
 
 def _describe_position(path: Path) -> tuple[str, str]:

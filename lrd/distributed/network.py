@@ -24,7 +24,7 @@ _CONNECT_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _MAX_UNREACHABLE_NAMED = 3
 
-_abandoned_threads: list[threading.Thread] = []  # of calls to a store that were not done in time
+_abandoned_threads: list[threading.Thread] = []  # of calls that were not done in time
 _exit_statuses: list[Any] = []  # what `sys.exit` was called with, since a thread was abandoned
 
 
@@ -139,8 +139,13 @@ def call_with_timeout(seconds: float, action: Callable[[], T]) -> T:
     return results[0]
 
 
+def abandon(thread: threading.Thread) -> None:
+    """Give up a thread that is in a call of a library that does not return."""
+    _abandoned_threads.append(thread)
+
+
 def has_abandoned_threads() -> bool:
-    """Whether a thread is still in a call that `call_with_timeout` has given up.
+    """Whether a thread is still in a call that was given up, by `call_with_timeout` for example.
 
     Such a process must end by `os._exit`. If the call returned while Python cleans up, Python would
     end the thread within torch's C++ code, and that aborts the process with SIGABRT.

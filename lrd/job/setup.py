@@ -17,6 +17,10 @@ from lrd import __version__, console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.checkpoint.async_writer import AsyncWriter
+from lrd.checkpoint.mirror import fetching
+from lrd.checkpoint.mirror.claim import Claim
+from lrd.checkpoint.mirror.layout import whole_steps
+from lrd.checkpoint.mirror.remote import Remote
 from lrd.checkpoint.run_dir import RunDir, read_status
 from lrd.checkpoint.transfer import fetch_newest
 from lrd.data import datasets
@@ -68,12 +72,14 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     facts = {**code, **sources, **recipe.settings_shared_by_ranks()}
     accelerator = start_rank(recipe.trainer, facts, roll_call)
 
+    claim = _connect_mirror(recipe)
+
     # Load the data on one rank of each host first: it downloads or decodes, the others find the
     # result.
     dataset = communication.local_main_process_first(
         accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
     )
-    starts_anew = not _has_checkpoint(recipe)
+    starts_anew = not _has_checkpoint(recipe, claim)
     job = communication.run_on_all_ranks(
         lambda: build_job(recipe, accelerator, dataset, roll_call, starts_anew)
     )
@@ -86,7 +92,10 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
         }
     )
 
-    # From here on the run directory is this run's.
+    job.claim = claim
+    communication.run_on_main_process(lambda: _require_own_mirror(job))
+
+    # From here on the run directory is this run's, and the mirror too.
     communication.run_on_main_process(lambda: _lock_run_dir(job))
     _resume(job)
 
@@ -115,9 +124,36 @@ def source_digest() -> str:
     return named.source_digest(Path(lrd.__file__).parent)
 
 
-def _has_checkpoint(recipe: recipes.Recipe) -> bool:
-    """Whether any rank sees a checkpoint in its run directory."""
-    has_one = communication.run_on_all_ranks(lambda: bool(store.list_steps(Path(recipe.run_dir))))
+def _connect_mirror(recipe: recipes.Recipe) -> Claim | None:
+    """Try out the mirror, on the main process, if the recipe names one. Nothing stays there.
+
+    Raises:
+        UserError: it cannot be used; on every rank.
+    """
+    url = recipe.checkpoint.mirror
+    if url is None:
+        return None
+
+    claims: list[Claim] = []
+
+    def connect() -> None:
+        remote = Remote(url)
+        remote.require_access()
+        claims.append(Claim(remote, Path(recipe.run_dir)))
+
+    communication.run_on_main_process(connect)
+    return claims[0] if claims else None
+
+
+def _has_checkpoint(recipe: recipes.Recipe, claim: Claim | None) -> bool:
+    """Whether any rank sees a checkpoint in its run directory, or rank 0 one in the mirror."""
+
+    def find() -> bool:
+        if store.list_steps(Path(recipe.run_dir)):
+            return True
+        return claim is not None and bool(whole_steps(fetching.list_checkpoints(claim.remote)))
+
+    has_one = communication.run_on_all_ranks(find)
     return any(communication.all_gather_values(has_one))
 
 
@@ -292,6 +328,15 @@ def _build_weight_average(model: nn.Module, recipe: recipes.Recipe) -> WeightAve
         ) from None
 
 
+def _require_own_mirror(job: Job) -> None:
+    """Refuse a mirror that another run has. Nothing is written."""
+    if job.claim is None:
+        return
+    saved = job.claim.find_settings()
+    if saved is not None:
+        job.has_other_settings(saved, job.claim.remote.url, "checkpoint.mirror")
+
+
 def _lock_run_dir(job: Job) -> None:
     job.run_dir = RunDir(Path(job.recipe.run_dir))
     console.open_log(job.run_dir.path / "train.log")
@@ -304,12 +349,18 @@ def _lock_run_dir(job: Job) -> None:
             f"it last reported step {status.get('step')}"
         )
     console.log(describe_start(job))
+    if job.claim is not None:
+        job.claim.take(job.result_settings)
 
 
 def _resume(job: Job) -> None:
-    """Load the newest valid checkpoint of any host into all ranks, where there is one."""
+    """Load the newest valid checkpoint of any host, or of the mirror, into all ranks.
+
+    There need not be one.
+    """
     run_dir = Path(job.recipe.run_dir)
     fetch_newest(run_dir)
+    communication.run_on_main_process(lambda: _fetch_from_mirror(job, run_dir))
 
     files: dict[str, bytes] = {}  # on rank 0, until the others have them too
 
@@ -326,6 +377,11 @@ def _resume(job: Job) -> None:
     communication.run_on_all_ranks(lambda: _load(job, Path(path), files))
     # What one rank has read must have arrived on all.
     compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+
+
+def _fetch_from_mirror(job: Job, run_dir: Path) -> None:
+    if job.claim is not None:
+        fetching.fetch_newest(job.claim.remote, run_dir)
 
 
 def _read_newest(recipe: recipes.Recipe) -> tuple[Path, dict[str, bytes]]:
@@ -424,4 +480,7 @@ def _open_outputs(job: Job) -> None:
         looks_for_evaluation=job.is_evaluation_due,
     )
     job.recorder = job.tracker
-    job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker)
+    job.writer = AsyncWriter(job.run_dir.path, job.recipe.checkpoint, job.tracker, job.claim)
+    if job.writer.uploader is not None and job.step:
+        # An earlier start may have ended before its last upload.
+        job.writer.uploader.offer(job.step, job.kept_best_step)

@@ -18,6 +18,7 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
+from lrd.checkpoint.mirror.claim import Claim
 from lrd.checkpoint.run_dir import RunDir
 from lrd.data.batches import TrainingBatches
 from lrd.data.images import Dataset, storage_of_fingerprint
@@ -66,6 +67,7 @@ class Job:
         compute_timer: measures for how long this rank computes in each step.
         weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
+        claim: the right to write to `checkpoint.mirror`, on the main process; None elsewhere.
         step: optimizer steps done.
         first_step: those that were done when this start began.
         is_updating: whether the step is being completed: weights, optimizer and schedule belong
@@ -104,6 +106,7 @@ class Job:
     run_dir: RunDir | None = None
     tracker: Tracker | None = None
     writer: AsyncWriter | None = None
+    claim: Claim | None = None
 
     step: int = 0
     first_step: int = 0
@@ -153,6 +156,13 @@ class Job:
     def best_accuracy(self) -> float | None:
         """The best accuracy so far, by `best_metric`; None before the first evaluation."""
         return None if self.best is None else float(self.best[self.best_metric])
+
+    @property
+    def kept_best_step(self) -> int | None:
+        """The step of the best checkpoint, if it is kept; else None."""
+        if not self.recipe.checkpoint.keep_best or self.best is None:
+            return None
+        return int(self.best["step"])
 
     def load_micro_batch(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This rank's batch of a micro step, in the memory layout that training uses.
@@ -286,13 +296,7 @@ class Job:
         identity = state.trainer.get("identity")
         if not isinstance(identity, dict):
             raise UserError(f"{path}: does not say with which settings it was made")
-        changes = _describe_changes(identity, self.result_settings, path)
-        if changes and not self.recipe.checkpoint.allow_changed:
-            advice = (
-                "name another run_dir to start a new run; "
-                "checkpoint.allow_changed=true goes on with this one"
-            )
-            raise UserError("\n".join([*changes, advice]))
+        has_changed = self.has_other_settings(identity, str(path), "run_dir")
 
         if self.is_sharded:
             state = sharding.shard_state(state, self.raw_model, self.raw_optimizer)
@@ -317,7 +321,7 @@ class Job:
         self._report_changed_sources(state, path)
         self._load_weight_average(state, path)
 
-        if changes:
+        if has_changed:
             self._load_with_changed_recipe(state, path)
             return
         try:
@@ -325,6 +329,29 @@ class Job:
             self.schedule.load_state_dict(state.optimizer["schedule"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: is of another optimizer: {error}") from None
+
+    def has_other_settings(self, saved: dict[str, Any], place: str, key: str) -> bool:
+        """Compare the settings that affect the results with those of the run in some place.
+
+        Args:
+            saved: the settings of that run.
+            place: where it is, for messages.
+            key: of the recipe, which names the place.
+
+        Returns:
+            Whether they differ.
+
+        Raises:
+            UserError: they differ, and `checkpoint.allow_changed` does not allow it.
+        """
+        changes = _describe_changes(saved, self.result_settings, place)
+        if changes and not self.recipe.checkpoint.allow_changed:
+            advice = (
+                f"name another {key} to start a new run; "
+                "checkpoint.allow_changed=true goes on with this one"
+            )
+            raise UserError("\n".join([*changes, advice]))
+        return bool(changes)
 
     def _report_changed_sources(self, state: store.TrainState, path: Path) -> None:
         saved = state.trainer.get("sources", {})
@@ -396,7 +423,7 @@ def _have_same_state(saved: dict[str, Any], current: dict[str, Any]) -> bool:
     return True
 
 
-def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
+def _describe_changes(saved: dict[str, Any], current: dict[str, Any], place: str) -> list[str]:
     """A line for each setting that differs. An absent one equals None: it was not used."""
     lines = []
     for key in sorted(saved.keys() | current.keys()):
@@ -405,21 +432,21 @@ def _describe_changes(saved: dict[str, Any], current: dict[str, Any], path: Path
         if before == now:
             continue
         if key == "data.fingerprint":
-            lines.append(_describe_other_images(str(before), str(now), path))
+            lines.append(_describe_other_images(str(before), str(now), place))
         else:
             had, says = ("nothing" if value is None else repr(value) for value in (before, now))
-            lines.append(f"{key}: the run in {path} had {had}, the recipe now says {says}")
+            lines.append(f"{key}: the run in {place} had {had}, the recipe now says {says}")
     if len(lines) > _MAX_CHANGES_NAMED:
         lines[_MAX_CHANGES_NAMED:] = [f"and {len(lines) - _MAX_CHANGES_NAMED} more settings differ"]
     return lines
 
 
-def _describe_other_images(before: str, now: str, path: Path) -> str:
+def _describe_other_images(before: str, now: str, place: str) -> str:
     storage_before = storage_of_fingerprint(before)
     storage_now = storage_of_fingerprint(now)
     if storage_before != storage_now:
         return (
-            f"data.storage: the run in {path} had its images in {storage_before!r}, this start has "
-            f"them in {storage_now!r} (what auto chooses depends on the host's memory)"
+            f"data.storage: the run in {place} had its images in {storage_before!r}, this start "
+            f"has them in {storage_now!r} (what auto chooses depends on the host's memory)"
         )
-    return f"data.fingerprint: the images or labels are not those of the run in {path}"
+    return f"data.fingerprint: the images or labels are not those of the run in {place}"

@@ -92,6 +92,8 @@ def _describe_faults(
     for fault in error.errors():
         key = ".".join(_location(fault))
         override = _find_override(key, file_keys, overrides)
+        if override is not None and fault["type"] == "secret":
+            override = f"{override.partition('=')[0]}=..."
         lines.append(f"{source if override is None else override}: {_explain(fault)}")
     if len(lines) > _MAX_FAULTS:
         lines[_MAX_FAULTS:] = [f"{source}: and {len(lines) - _MAX_FAULTS:,} more faults"]
@@ -313,7 +315,7 @@ def _explain(fault: ErrorDetails) -> str:
         return _explain_unknown_key(location, _scheduler_of(fault))
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _explain_unknown_scheduler(key, value, is_inner="schedules" in location)
-    if fault["type"] == "needs":
+    if fault["type"] in ("needs", "secret"):
         return f"{key}: {fault['msg']}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])

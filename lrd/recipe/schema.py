@@ -139,6 +139,44 @@ def _require_epoch(value: Any) -> Any:
     return value
 
 
+# Where a mirror may be.
+_MIRROR_SCHEMES = ("s3", "gs", "az", "file")
+_MIRROR_FORM = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///folder"
+_MIRROR_PART = re.compile(r"[A-Za-z0-9._=+~,-]+")
+
+
+def check_mirror(url: str) -> str:
+    """Check the form of the address of a mirror. Nothing is connected to.
+
+    Returns:
+        The address without slashes at its end.
+
+    Raises:
+        PydanticCustomError: it may contain a password or a signature; its type is `secret`, so that
+            no message repeats the value.
+        ValueError: it has another form.
+    """
+    if any(character in url for character in "@?#"):
+        raise PydanticCustomError(
+            "secret",
+            "must not contain a user, a password or a signature; credentials come from the "
+            "environment",
+        )
+
+    scheme, _, rest = url.partition("://")
+    path = rest.rstrip("/")
+    if scheme not in _MIRROR_SCHEMES or (scheme == "file") != path.startswith("/"):
+        raise ValueError(f"should be {_MIRROR_FORM}")
+    parts = path.removeprefix("/").split("/")
+    if not all(_MIRROR_PART.fullmatch(part) and part.strip(".") for part in parts):
+        raise ValueError("between its slashes there should be letters, digits and . _ = + ~ , -")
+    return f"{scheme}://{path}"
+
+
+def _check_mirror(value: Any) -> Any:
+    return check_mirror(value) if isinstance(value, str) else value
+
+
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Channels = Annotated[list[Float], Field(min_length=3, max_length=3)]  # a value for each
@@ -1311,6 +1349,14 @@ class Checkpoint(Section):
         False,
         "continue a run although settings that affect the results have changed",
         affects_results=False,
+    )
+    mirror: Annotated[str, BeforeValidator(_check_mirror)] | None = setting(
+        None,
+        "where checkpoints and records are copied in the background, off the machine: "
+        "`s3://bucket/prefix`, `gs://...`, `az://...` or `file:///folder`; an empty or older "
+        "`run_dir` goes on from there",
+        affects_results=False,
+        default_means="nowhere",
     )
 
 

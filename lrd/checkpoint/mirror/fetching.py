@@ -1,0 +1,230 @@
+"""Copy checkpoints from a mirror. Nothing is published, or given out, before it was verified."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lrd import console
+from lrd.checkpoint import manifest, store, transfer
+from lrd.checkpoint.mirror.layout import (
+    DAMAGED_FILE,
+    RECORDS_FILE,
+    folder_name,
+    sort_by_step,
+    whole_steps,
+)
+from lrd.checkpoint.mirror.remote import KEY, Remote, RemoteError
+from lrd.errors import UserError, describe_os_error
+
+_STAGING_NAME = ".mirror-download"  # in the run directory; the run's lock keeps other runs out
+
+
+def fetch_newest(remote: Remote, run_dir: Path) -> None:
+    """Copy the newest valid checkpoint of a mirror into `run_dir`, if it is later than all there.
+
+    Rank 0 calls this, when it has the run directory and the mirror to itself; the other ranks must
+    not. The best checkpoint and the records are copied too. A checkpoint that turns out to be
+    damaged is passed over with a line, and does not count in the mirror any more.
+
+    Raises:
+        UserError: the mirror cannot be read, or a file cannot be written. What was in `run_dir` is
+            then untouched.
+    """
+    newest, _ = store.find_newest_valid(run_dir)
+    local_step = -1 if newest is None else int(store.read_trainer(newest)["step"])
+    staging = run_dir / _STAGING_NAME
+
+    try:
+        by_step = sort_by_step(remote.list_objects())
+        for step in reversed(whole_steps(by_step)):
+            if step <= local_step:
+                return
+
+            shutil.rmtree(staging, ignore_errors=True)
+            size = sum(by_step[step].values())  # bytes
+            has = "none" if local_step < 0 else f"none after step {local_step}"
+            console.info(
+                f"{remote.url}: has a checkpoint of step {step}, {run_dir} has {has}: "
+                f"copying {size / 1e6:.1f} MB"
+            )
+            damage = download_checkpoint(remote, step, by_step[step], staging)
+            if damage is not None:
+                console.info(f"{remote.url}/{folder_name(step)}: damaged: {damage}; passed over")
+                _withdraw(remote, step)
+                continue
+
+            damaged_step = _download_best(remote, step, by_step, staging)
+            if damaged_step is not None:
+                _withdraw(remote, damaged_step)
+            _download_records(remote, step, staging)
+            transfer.publish(staging, run_dir)
+            return
+    except RemoteError as error:
+        raise UserError(f"{KEY}: {remote.url}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"run_dir: the checkpoint in {remote.url} could not be copied to {run_dir}: "
+            f"{describe_os_error(error)}"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def list_checkpoints(remote: Remote) -> dict[int, dict[str, int]]:
+    """The files of each checkpoint in a mirror, also of those that are not whole.
+
+    Returns:
+        step -> file -> size in bytes, the oldest step first.
+
+    Raises:
+        UserError: the mirror cannot be read.
+    """
+    try:
+        return sort_by_step(remote.list_objects())
+    except RemoteError as error:
+        raise UserError(f"{remote.url}: {error}") from None
+
+
+@contextmanager
+def downloaded(remote: Remote, step: int, sizes: dict[str, int]) -> Iterator[Path]:
+    """A checkpoint of a mirror in a temporary folder; it need not be valid.
+
+    Args:
+        sizes: file -> size in bytes, of the files to copy.
+
+    Raises:
+        UserError: the mirror cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="lrd-mirror-") as name:
+        try:
+            download_checkpoint(remote, step, sizes, Path(name))
+        except RemoteError as error:
+            raise UserError(f"{remote.url}: {error}") from None
+        yield store.checkpoint_path(Path(name), step)
+
+
+@contextmanager
+def downloaded_run(remote: Remote, best: bool, step: int | None) -> Iterator[Path]:
+    """A temporary run directory with what `export.find_checkpoint` looks for in a mirror.
+
+    Args:
+        best: copy the checkpoint of the best evaluation too.
+        step: copy the checkpoint of this step; default: the newest valid one.
+
+    Raises:
+        UserError: it is not there, or the mirror cannot be read.
+    """
+    by_step = list_checkpoints(remote)
+    steps = whole_steps(by_step)
+    if step is not None and step not in steps:
+        has = ", ".join(map(str, steps)) or "no step"
+        raise UserError(f"{remote.url}: the checkpoint of step {step} is not there; has {has}")
+
+    with tempfile.TemporaryDirectory(prefix="lrd-mirror-") as name:
+        folder = Path(name)
+        try:
+            for wanted_step in reversed(steps) if step is None else [step]:
+                damage = download_checkpoint(remote, wanted_step, by_step[wanted_step], folder)
+                path = store.checkpoint_path(folder, wanted_step)
+                if damage is None:
+                    if best:
+                        _download_best(remote, wanted_step, by_step, folder)
+                    break
+
+                place = f"{remote.url}/{folder_name(wanted_step)}"
+                if step is not None:
+                    raise UserError(f"{place}: {damage}")
+                console.info(f"{place}: passed over, it is damaged: {damage}")
+                shutil.rmtree(path)
+            else:
+                raise UserError(f"{remote.url}: there is no valid checkpoint in it")
+        except RemoteError as error:
+            raise UserError(f"{remote.url}: {error}") from None
+        yield folder
+
+
+def download_checkpoint(
+    remote: Remote, step: int, sizes: dict[str, int], run_dir: Path
+) -> str | None:
+    """Copy one checkpoint of a mirror to its place in a run directory, and verify it there.
+
+    Args:
+        step: of the checkpoint.
+        sizes: file -> size in bytes, as the mirror lists it.
+        run_dir: a folder that no run uses.
+
+    Returns:
+        One line that says what is wrong with the checkpoint; None if it is valid.
+
+    Raises:
+        RemoteError: the mirror cannot be read.
+        OSError: a file cannot be written.
+    """
+    target = store.checkpoint_path(run_dir, step)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (manifest.NAME, *sorted(store.FILES & sizes.keys())):
+        if file in sizes:
+            remote.download(f"{folder_name(step)}/{file}", target / file, sizes[file])
+    return store.find_damage(target)
+
+
+def _download_best(
+    remote: Remote, step: int, by_step: dict[int, dict[str, int]], staging: Path
+) -> int | None:
+    """Copy the best checkpoint too, if the mirror has it and it is valid.
+
+    Returns:
+        Its step if it is damaged.
+    """
+    best = store.read_trainer(store.checkpoint_path(staging, step))["best"]
+    best_step = None if best is None else best["step"]
+    if best_step is None or best_step == step or best_step not in whole_steps(by_step):
+        return None
+
+    damage = download_checkpoint(remote, best_step, by_step[best_step], staging)
+    if damage is None:
+        return None
+    console.info(f"{remote.url}/{folder_name(best_step)}: damaged: {damage}; passed over")
+    shutil.rmtree(store.checkpoint_path(staging, best_step))
+    return int(best_step)
+
+
+def _download_records(remote: Remote, step: int, staging: Path) -> None:
+    """Copy the records as they were when a checkpoint was written. Damaged ones are left out."""
+    # Where the records are described as the files of a checkpoint are, that code verifies them.
+    described = remote.read(f"{folder_name(step)}/{RECORDS_FILE}")
+    folder = staging / "records"
+    folder.mkdir()
+    (folder / manifest.NAME).write_bytes(described or b"")
+    try:
+        expected = manifest.read_files(folder)
+    except OSError as error:
+        console.info(f"{remote.url}/{folder_name(step)}/{RECORDS_FILE}: {error}; no records copied")
+        expected = {}
+    shutil.rmtree(folder)
+
+    available = remote.list_objects()
+    for name, entry in expected.items():
+        # A name that comes from the mirror must not lead out of the folder.
+        if not any(fnmatchcase(name, pattern) for pattern in transfer.RECORD_FILES) or "/" in name:
+            continue
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        if not isinstance(size, int) or available.get(name, -1) < size:
+            problem = "missing" if name not in available else "too short"
+        else:
+            remote.download(name, staging / name, size)
+            problem = "" if manifest.measure(staging / name) == entry else "damaged"
+        if problem:
+            console.info(f"{remote.url}/{name}: {problem}; not copied")
+            (staging / name).unlink(missing_ok=True)
+
+
+def _withdraw(remote: Remote, step: int) -> None:
+    """Let a damaged checkpoint not count any more. Its files stay, as those of a local one do."""
+    with suppress(RemoteError):
+        remote.rename(f"{folder_name(step)}/{manifest.NAME}", f"{folder_name(step)}/{DAMAGED_FILE}")

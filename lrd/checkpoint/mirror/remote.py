@@ -1,0 +1,309 @@
+"""The object store that a mirror is in, by way of obstore.
+
+obstore's threads are its own, outside of Python: a call waits for them without holding the
+interpreter's lock, and needs no event loop. It tries a request again by itself, and each request
+has a limit of time here, so no call waits forever for a server that does not answer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from lrd.errors import UserError, first_line
+from lrd.files import sync
+from lrd.recipe.schema import check_mirror
+
+KEY = "checkpoint.mirror"  # of the recipe, for messages
+
+_CHUNK_BYTES = 1 << 23  # of a request; larger objects travel in several
+_NUM_REQUESTS = 4  # at a time, of one upload
+
+# What an error of obstore says, in its debugging part too -> what it means.
+_MEANINGS = {
+    "NoSuchBucket": "there is no such bucket",
+    "InvalidAccessKeyId": "the server does not know these credentials",
+    "SignatureDoesNotMatch": "the server does not accept these credentials",
+    "AccessDenied": "no permission",
+    "SlowDown": "the server asks to slow down",
+    "MissingAccount": "no credentials in the environment",
+    # Without any, a cloud's own machine is asked for them.
+    "/latest/api/token": "no credentials in the environment",
+    "/latest/meta-data": "no credentials in the environment",
+    "/computeMetadata/": "no credentials in the environment",
+    "/metadata/identity": "no credentials in the environment",
+    "ConnectionRefused": "the server is not there: connection refused",
+    "Connection refused": "the server is not there: connection refused",
+    "dns error": "the server is not there: its name is not known",
+    "TimedOut": "the server does not answer",
+    "operation timed out": "the server does not answer",
+    "IncompleteMessage": "the server ended the connection",
+    "ConnectionReset": "the server ended the connection",
+    "BrokenPipe": "the server ended the connection",
+}
+_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS")
+_MIN_SECRET_LENGTH = 6
+
+
+class RemoteError(Exception):
+    """A request that failed; the text is one line with the cause, and has no credentials in it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a request may take.
+
+    Attributes:
+        seconds: of one try.
+        retries: how often it is tried again.
+        retry_seconds: after these it is not tried again.
+    """
+
+    seconds: float
+    retries: int
+    retry_seconds: float
+
+
+# Small requests, for which somebody waits, and those that carry up to _CHUNK_BYTES.
+SMALL = Limits(seconds=10.0, retries=3, retry_seconds=10.0)
+LARGE = Limits(seconds=60.0, retries=3, retry_seconds=60.0)
+_CONNECT_SECONDS = 5.0
+
+
+class Remote:
+    """One prefix of an object store. Nothing is connected to before the first request.
+
+    Args:
+        url: its address, as `checkpoint.mirror` has it. Credentials come from the environment.
+
+    Attributes:
+        url: the same.
+
+    Raises:
+        UserError: the extra is not installed, the address has another form, or the environment does
+            not say what the library needs to begin.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            import obstore
+        except ImportError:
+            raise UserError(
+                f"{KEY}: needs the package obstore; install it with: pip install 'lrd[mirror]'"
+            ) from None
+
+        try:
+            self.url = check_mirror(url)
+        except PydanticCustomError as error:
+            raise UserError(f"{KEY}: {error.message()}") from None
+        except ValueError as error:
+            raise UserError(f"{url}: {error}") from None
+
+        self._obstore = obstore
+        try:
+            self._small = _connect(self.url, SMALL)
+            self._large = _connect(self.url, LARGE)
+        except Exception as error:
+            raise UserError(f"{KEY}: {self.url}: {describe(error)}") from None
+
+    def list_objects(self, prefix: str = "") -> dict[str, int]:
+        """All objects whose names begin with a prefix of whole parts: name -> size in bytes.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        try:
+            found = self._obstore.list(self._small, prefix or None).collect()
+        except Exception as error:
+            raise RemoteError(describe(error)) from None
+        return {str(entry["path"]): int(entry["size"]) for entry in found}
+
+    def read(self, name: str) -> bytes | None:
+        """A small object, or None if there is none of this name.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        try:
+            return bytes(self._obstore.get(self._small, name).bytes())
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise RemoteError(describe(error)) from None
+            return None
+        except Exception as error:
+            raise RemoteError(describe(error)) from None
+
+    def write(self, name: str, content: bytes, is_new: bool = False) -> bool:
+        """Write a small object. Readers see either the old one or the new one.
+
+        Args:
+            is_new: write it only if there is none of this name.
+
+        Returns:
+            False if `is_new` and there is one.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        try:
+            self._obstore.put(self._small, name, content, mode="create" if is_new else "overwrite")
+        except self._obstore.exceptions.AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise RemoteError(describe(error)) from None
+        return True
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a file to an object, which appears when it is whole.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        try:
+            self._obstore.put(
+                self._large,
+                name,
+                path,
+                chunk_size=_CHUNK_BYTES,
+                max_concurrency=_NUM_REQUESTS,
+            )
+        except Exception as error:
+            raise RemoteError(describe(error)) from None
+
+    def download(self, name: str, path: Path, size: int) -> None:
+        """Copy the first `size` bytes of an object to a new file, and flush it to the disk.
+
+        Raises:
+            RemoteError: the object could not be read.
+            OSError: the file could not be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            for start in range(0, size, _CHUNK_BYTES):
+                length = min(_CHUNK_BYTES, size - start)
+                try:
+                    chunk = self._obstore.get_range(self._large, name, start=start, length=length)
+                except Exception as error:
+                    raise RemoteError(describe(error)) from None
+                stream.write(memoryview(chunk))
+        sync(path)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Give an object another name.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        try:
+            self._obstore.rename(self._small, name, new_name)
+        except Exception as error:
+            raise RemoteError(describe(error)) from None
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects. One that is gone already is no error.
+
+        Raises:
+            RemoteError: it failed.
+        """
+        for name in names:
+            try:
+                self._obstore.delete(self._small, name)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                raise RemoteError(describe(error)) from None
+
+    def require_access(self) -> None:
+        """Write, list and delete an object of a name that no other has.
+
+        Raises:
+            UserError: this may not be done, or the server is not there.
+        """
+        name = f"write-test-{uuid.uuid4().hex}"
+        try:
+            self.write(name, b"lrd tries out whether it may write here, and deletes this\n")
+            if name not in self.list_objects():
+                raise RemoteError("an object that was just written is not listed")
+            self.delete([name])
+        except RemoteError as error:
+            raise UserError(f"{KEY}: {self.url}: {error}") from None
+
+
+def _connect(url: str, limits: Limits) -> Any:
+    """The store of an address; `Any` because the extra need not be installed."""
+    from obstore.store import from_url
+
+    retries = {
+        "max_retries": limits.retries,
+        "retry_timeout": timedelta(seconds=limits.retry_seconds),
+        "backoff": {
+            "init_backoff": timedelta(milliseconds=200),
+            "max_backoff": timedelta(seconds=5),
+            "base": 2,
+        },
+    }
+    if url.startswith("file://"):
+        return from_url(url, mkdir=True)
+
+    options = {
+        "timeout": timedelta(seconds=limits.seconds),
+        "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
+        "allow_http": _may_use_http(),
+    }
+    config: dict[str, Any] = {}
+    if url.startswith("s3://") and "AWS_CHECKSUM_ALGORITHM" not in os.environ:
+        # The server compares what it got with this digest, and refuses what was damaged on its way.
+        config["checksum_algorithm"] = "SHA256"
+    return from_url(url, config=config, client_options=options, retry_config=retries)
+
+
+def _may_use_http() -> bool:
+    """Whether the environment names a server that is reached without TLS, or allows that."""
+    allows = any(
+        os.environ.get(name, "").lower() in ("1", "true", "yes")
+        for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "ALLOW_HTTP")
+    )
+    return allows or any(
+        value.startswith("http://")
+        for name, value in os.environ.items()
+        if "ENDPOINT" in name and name.startswith(("AWS_", "AZURE_", "GOOGLE_"))
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An error of obstore in one line, without credentials."""
+    if isinstance(error, OSError) and error.strerror:
+        return first_line(error)
+
+    text = str(error)
+    shown = text.split("\n\nDebug source", 1)[0]
+    status = re.search(r"status code: (\d{3} [A-Za-z ]+)", shown)
+    code = re.search(r"<Code>(\w+)</Code>", shown)
+
+    answer = ""
+    if status is not None:
+        answer = f"the server answers {status[1].strip()}"
+        if code is not None:
+            answer += f", {code[1]}"
+    for words, meaning in _MEANINGS.items():
+        if words in text:
+            is_of_store = answer and not words.startswith("/")
+            return f"{meaning} ({answer})" if is_of_store else meaning
+    if answer:
+        return answer
+
+    line = " ".join((shown.strip().splitlines() or [type(error).__name__])[0].split())
+    line = re.sub(r"//[^/@\s]+@", "//", line)
+    line = re.sub(r"\?\S+", "", line)
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name.upper()) and len(value) >= _MIN_SECRET_LENGTH:
+            line = line.replace(value, f"<{name}>")
+    return line
