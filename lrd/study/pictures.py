@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINES = ("-", (0, (6, 2)), (0, (2, 1.5)))
+_LINES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1, 1.5)))
 _PUBLISHED_STYLE: dict[str, Any] = {"color": "grey", "linewidth": 1, "zorder": 1}
 _WIDTH = 13.0  # inches
 _LETTERS_PER_INCH = 11  # of the legend's font
