@@ -11,9 +11,12 @@ The first makes JPEGs of 30 to 60 kB out of the small images in SMALL/train and 
 - Without an option: images per second that are ready for the network, which is a normalized float32
   batch on the CPU. Compared are the files and the packed images of `lrd` with the pipeline of
   torchvision's classification reference: Pillow decodes, `transforms.v2` crops, resizes, flips and
-  normalizes, torch's DataLoader collates; with as many workers. The ways take turns, round by
-  round, and no round has the images of another one if there are enough. A rate is counted once the
-  workers are busy. Then the stages of each way in one process, and a model on paper.
+  normalizes, torch's DataLoader collates; with as many workers. With "uint8" the batches are those
+  that `lrd` copies to a GPU, which then normalizes them; torchvision's reference copies float32
+  there. The ways take turns, round by round, and no round has the images of another one if there
+  are enough. A rate is counted once the workers are busy. Then the stages of each way in one
+  process, and a model on paper. `--images` takes only the first so many images, in a folder of
+  their own beside DIR: so many that the system's cache holds them, for example.
 - `--memory`: what all ranks and workers of a host take, how long it is to the first step, and
   whether that grows with the number of images or from epoch to epoch (streaming_runs.py).
 - `--wait`: the share of its time in which a training of ResNet-34 waits for images
@@ -39,7 +42,7 @@ import torch
 from common import RESULTS, circumstances, spread, summary, write
 from PIL import Image
 from rich.progress import track
-from streaming_images import count_images, make_images
+from streaming_images import count_images, link_images, make_images
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -64,6 +67,7 @@ PAPER_CORES = 16
 
 REFERENCE = "torchvision"
 STORAGES = ("files", "packed")
+UINT8 = ", uint8"  # after the storage: batches as they are copied to a GPU
 STAGES = ("read and decode", "crop, resize, flip", "collate", "to float, normalize")
 
 
@@ -114,10 +118,12 @@ def count_warm_up_batches(workers: int) -> int:
 
 
 def make_lrd_way(
-    root: Path, storage: str, workers: int, size: int, num_batches: int
+    root: Path, storage: str, workers: int, size: int, num_batches: int, is_uint8: bool = False
 ) -> Callable[[int], float]:
     """Make a function that measures the images per second of `lrd`."""
     batches = make_batches(make_section(root, storage, workers, size))
+    if is_uint8:
+        batches.normalize = lambda pixels: pixels  # type: ignore[method-assign]
     num_warm_up = count_warm_up_batches(workers)
     steps = num_warm_up + num_batches
 
@@ -173,7 +179,10 @@ def measure_rates(
     for workers in all_workers:
         ways[REFERENCE, workers] = make_reference_way(root, workers, size, num_batches)
         for storage in STORAGES:
-            ways[storage, workers] = make_lrd_way(root, storage, workers, size, num_batches)
+            for suffix in ("", UINT8):
+                ways[storage + suffix, workers] = make_lrd_way(
+                    root, storage, workers, size, num_batches, is_uint8=suffix == UINT8
+                )
 
     rates: dict[tuple[str, int], list[float]] = {key: [] for key in ways}
     for number in track(range(rounds), "rounds", transient=True):
@@ -366,6 +375,7 @@ def parse_arguments() -> argparse.Namespace:
     parts.add_argument("--memory", action="store_true", help="measure memory and start-up")
     parts.add_argument("--wait", action="store_true", help="measure how long training waits")
     parser.add_argument("--size", type=int, default=SIZE, help="of the network's inputs, in pixels")
+    parser.add_argument("--images", type=int, help="measure with the first so many images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=20, help="of a round")
     parser.add_argument("--workers", type=int, default=max(1, int(available_cores())))
@@ -390,6 +400,11 @@ def main() -> None:
         return
 
     size = streaming_runs.size_before_crop(arguments.size)
+    if arguments.images is not None:
+        subset = arguments.data.with_name(f"{arguments.data.name}-{arguments.images}")
+        if not subset.exists():
+            link_images(arguments.data, subset, arguments.images)
+        arguments.data = subset
     pack_folder(arguments.data, arguments.data, size=size, skip_corrupt=False)
     facts: dict[str, Any] = {
         **circumstances("cpu"),

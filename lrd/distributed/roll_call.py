@@ -2,7 +2,8 @@
 
 The other ranks only see that a connection was closed or that the time is up, not by whom. So each
 rank has a thread that answers a roll call, whatever its main thread is waiting for: a process that
-is gone or stopped does not answer, and one that hangs says where.
+is gone or stopped does not answer, and one that hangs says where. A rank that is on the same host
+and gone is not waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 import lrd
@@ -124,6 +126,7 @@ class RollCall:
         # An error means that the store went with the rank or launcher that kept it.
         with suppress(RuntimeError, ValueError, OSError):
             store = _connect_to_store()
+            store.set(self._key(f"process/{dist.get_rank()}"), json.dumps(_identify_process()))
 
             # torch's own wait() would print stack frames when the store goes away.
             while not store.check([self._key("call")]):
@@ -152,11 +155,29 @@ class RollCall:
         keys = [self._key(other) for other in ranks]
         deadline = time.monotonic() + _SECONDS_TO_ANSWER
         while time.monotonic() < deadline and not store.check(keys):
+            silent = [other for other in ranks if not store.check([self._key(other)])]
+            if all(self._is_known_to_be_gone(store, other) for other in silent):
+                break
             time.sleep(0.05)
 
         answered = [other for other in ranks if store.check([self._key(other)])]
         answers = {other: json.loads(store.get(self._key(other))) for other in answered}
         return RollCallResult(is_reporter=True, text=_describe_answers(answers, len(ranks)))
+
+    def _is_known_to_be_gone(self, store: Any, rank: int) -> bool:
+        """Whether the process of a rank was on this host and is not there any more."""
+        key = self._key(f"process/{rank}")
+        if not store.check([key]):
+            return False
+        process = json.loads(store.get(key))
+        this_process = _identify_process()
+        if process["system"] != this_process["system"] or not process["system"]:
+            return False
+        try:
+            status = psutil.Process(process["pid"]).status()
+        except psutil.Error:
+            return True
+        return bool(status == psutil.STATUS_ZOMBIE)
 
     def _key(self, what: object) -> str:
         return f"{self._prefix}/roll_call/{what}"
@@ -172,6 +193,16 @@ def _describe_answers(answers: dict[int, dict[str, Any]], world_size: int) -> st
         for rank, answer in answers.items()
     ]
     return f"all ranks answered a roll call: {'; '.join(places)}"
+
+
+def _identify_process() -> dict[str, Any]:
+    """The id of this process, and the running system in which it has this id; empty: not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        system = f"{boot} {os.readlink('/proc/self/ns/pid')}"  # a container has ids of its own
+    except OSError:
+        system = ""
+    return {"pid": os.getpid(), "system": system}
 
 
 def _has_other_ranks() -> bool:

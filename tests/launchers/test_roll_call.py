@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -138,6 +141,31 @@ def test_if_all_ranks_answer_the_roll_call_reports_where_each_of_them_is(
     assert "rank 1 on " in line
     assert "after step 8" in line
     assert not caller.call().is_reporter  # one rank reports it
+
+
+@pytest.mark.parametrize("system", ["this one", "another"])
+def test_a_rank_that_is_gone_from_this_host_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tcp_store: dist.TCPStore, system: str
+) -> None:
+    """A process of another host may have the same number."""
+    monkeypatch.setattr(roll_call.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(roll_call.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(roll_call.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(roll_call, "_SECONDS_TO_ANSWER", 2.0)
+    caller = roll_call.RollCall()
+    caller.start("a prefix")
+
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    process = roll_call._identify_process() | {"pid": ended.pid}
+    if system == "another":
+        process["system"] = system
+    tcp_store.set("a prefix/roll_call/process/1", json.dumps(process))
+    ended.wait()
+
+    began = time.monotonic()
+    result = caller.call()
+    assert result.text == "rank 1 did not answer: gone, stopped or cut off"
+    assert (time.monotonic() - began > 1.5) == (system == "another")
 
 
 def test_without_a_launchers_store_no_roll_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
