@@ -8,6 +8,9 @@ To compare with, a bare script on Accelerate trains the same network under the s
 saves its state after each step; the two take turns. Each moment is written to a file by the process
 that comes to it, and the phases are the differences between the latest of the ranks' moments.
 
+With `--cost`: what it costs in an undisturbed run that ranks can save when another one is lost. In
+every second step they do not copy the network's buffers; the ratio is of neighbouring steps.
+
 This file is also what the ranks run: `recovery.py MARKS RECIPE [section.key=value ...]`.
 """
 
@@ -40,6 +43,9 @@ PHASES = (SAW, SAVED, LEFT, START, IMPORTED, MET, SET_UP, STEPPED)
 KILL_AFTER = (3, 8)  # steps
 STEPS = 1000  # more than are taken
 SECONDS = 120.0  # at most
+COST_VARIABLE = "RECOVERY_COST"
+COST_STEPS = 120
+COST_WARM_UP = 9
 
 BARE_SCRIPT = """
 import os, sys, time
@@ -217,11 +223,62 @@ def measure_bare(folder: Path, kill_after: int) -> float:
     return min(next_steps(read_marks(path), killed).values()) - killed
 
 
+def take_every_second_copy() -> None:
+    """What a rank does beside `train_and_mark` with `--cost`."""
+    from lrd.job.buffers import BufferSnapshot
+
+    take = BufferSnapshot.take
+
+    def take_in_odd_steps(snapshot: BufferSnapshot, step: int) -> None:
+        if step % 2:
+            take(snapshot, step)
+
+    BufferSnapshot.take = take_in_odd_steps  # type: ignore[method-assign]
+
+
+def measure_cost(out: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "marks"
+        command = [*LAUNCHER, str(Path(__file__)), str(path), RECIPE, f"run_dir={name}/run"]
+        command += [f"trainer.max_steps={COST_STEPS}", "checkpoint.every_steps=0"]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", COST_VARIABLE: "1"}
+        subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True)
+        ends = {
+            int(what[5:]): moment
+            for rank, moment, what in read_marks(path)
+            if rank == 0 and what.startswith("step ")
+        }
+
+    # `BufferSnapshot.take` gets the number of steps that are done: it acts in the even ones.
+    seconds = {step: ends[step] - ends[step - 1] for step in ends if step > COST_WARM_UP}
+    pairs = [
+        (seconds[step], seconds[step + 1])
+        for step in seconds
+        if step % 2 == 0 and step + 1 in seconds
+    ]
+    facts = {
+        **circumstances("cpu"),
+        "what": "ResNet-34 on two ranks: a step with a copy of the buffers over the step after it",
+        "pairs": len(pairs),
+        "step_seconds": summary([without for _, without in pairs]),
+        "ratio": summary([with_copy / without for with_copy, without in pairs]),
+    }
+    console.info(
+        f"a step with the copy over one without: {spread(facts['ratio'], '.3f')}, n = {len(pairs)} "
+        f"pairs; a step without takes {spread(facts['step_seconds'], '.3f')} s"
+    )
+    write(out, facts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
+    parser.add_argument("--cost", action="store_true", help="measure the cost of every step")
+    parser.add_argument("--out", type=Path, help="the file of results")
     arguments = parser.parse_args()
+    if arguments.cost:
+        measure_cost(arguments.out or RESULTS / "recovery_cost.json")
+        return
 
     random.seed(0)
     runs = []
@@ -255,11 +312,13 @@ def main() -> None:
         f"steps lost: {facts['steps_lost']}"
     )
     console.table(title, ["until", "seconds"], rows)
-    write(arguments.out, facts)
+    write(arguments.out or RESULTS / "recovery.json", facts)
 
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
+        if COST_VARIABLE in os.environ:
+            take_every_second_copy()
         train_and_mark()
     else:
         from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write

@@ -6,6 +6,8 @@ files.
 
 from __future__ import annotations
 
+import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image
 
 from lrd.checkpoint import store
-from tests.helpers.equality import assert_same_end
+from tests.helpers.equality import TIMES, assert_same_end, assert_same_final_state
 from tests.helpers.launched_hosts import LaunchedHost, assert_all_succeed, run_dir
 from tests.helpers.launching import (
     ROOT,
@@ -77,8 +79,59 @@ def test_when_a_host_that_died_is_started_again_the_other_host_goes_on_by_itself
 
     assert_all_succeed(launched_hosts)
     assert_same_end(run_dir(two_hosts[0]), undisturbed[2])
+    # The host that was left has saved, also where it is not rank 0's.
+    left = run_dir(two_hosts[1 - victim])
+    assert victim == 1 or store.list_steps(left)
+
     (line,) = launched_hosts[1 - victim].lrd_lines
     assert ("rank 1 did not answer" if victim == 1 else "rank 0 is gone") in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_one_of_two_hosts_lose_no_step(
+    tmp_path: Path, two_hosts: list[Host]
+) -> None:
+    """A checkpoint is due after the last step alone. The host that is left saves, each time."""
+    overrides = ["trainer.epochs=60", "trainer.eval_every=20", "checkpoint.every_steps=0"]
+    draw = random.Random(0)
+
+    def start_on(host: Host) -> LaunchedHost:
+        return LaunchedHost(two_hosts, host, 1, *overrides, options=("--max_restarts", "100"))
+
+    def steps_gone_on_from() -> list[int]:
+        found = re.findall(r"going on after step (\d+)", output_of_ended + launched_hosts[0].output)
+        return [int(step) for step in found]
+
+    launched_hosts = [start_on(host) for host in two_hosts]
+    output_of_ended = ""  # of the main host's launchers that were killed
+    metrics = run_dir(two_hosts[0]) / "metrics.csv"
+    wait_for(metrics.exists, launched_hosts[0].process)
+    for kill in range(20):
+        time.sleep(draw.uniform(0.5, 3.0))  # a start may be killed before its first step ends
+        victim = draw.randrange(2)
+        two_hosts[victim].kill()
+        launched_hosts[victim].end()
+        if victim == 0:
+            output_of_ended += launched_hosts[0].output
+        launched_hosts[victim] = start_on(two_hosts[victim])
+        wait_for(lambda kill=kill: len(steps_gone_on_from()) > kill, launched_hosts[0].process)
+
+    assert_all_succeed(launched_hosts)
+    steps = steps_gone_on_from()
+    assert len(steps) == 20
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 10
+
+    done = launch(train_command(2, tmp_path / "undisturbed" / "run", *STEPS, *overrides))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_final_state(run_dir(two_hosts[0]), tmp_path / "undisturbed" / "run")
+    records = read_scalars(run_dir(two_hosts[0]))
+    expected_records = read_scalars(tmp_path / "undisturbed" / "run")
+    assert records.keys() == expected_records.keys()
+    for tag in records:
+        if not tag.startswith(TIMES):
+            assert records[tag] == expected_records[tag], tag
 
 
 @pytest.mark.slow
