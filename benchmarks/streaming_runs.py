@@ -46,7 +46,7 @@ _SECONDS_BETWEEN_SAMPLES = 0.5
 _PSS = re.compile(r"^(Pss|Pss_Anon|Pss_File|Pss_Shmem): +(\d+) kB$", re.MULTILINE)
 
 # A narrow network: what the images take is to be seen.
-_NARROW = ["model.arch=resnet18", "model.width=4"]
+_NARROW = ["model.arch=resnet18", "model.width=4", "trainer.precision=fp32"]
 _QUIET = [
     f"data.batch_size={BATCH_SIZE}",
     "checkpoint.every_steps=0",
