@@ -173,10 +173,6 @@ def check_mirror(url: str) -> str:
     return f"{scheme}://{path}"
 
 
-def _check_mirror(value: Any) -> Any:
-    return check_mirror(value) if isinstance(value, str) else value
-
-
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Channels = Annotated[list[Float], Field(min_length=3, max_length=3)]  # a value for each
@@ -1350,7 +1346,7 @@ class Checkpoint(Section):
         "continue a run although settings that affect the results have changed",
         affects_results=False,
     )
-    mirror: Annotated[str, BeforeValidator(_check_mirror)] | None = setting(
+    mirror: Annotated[str, AfterValidator(check_mirror)] | None = setting(
         None,
         "where checkpoints and records are copied in the background, off the machine: "
         "`s3://bucket/prefix`, `gs://...`, `az://...` or `file:///folder`; an empty or older "

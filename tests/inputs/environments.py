@@ -86,6 +86,31 @@ AT_START: list[tuple[dict[str, str], Expected]] = [
     ({"MPLCONFIGDIR": "/proc/nothing"}, accepted("nothing is drawn")),
 ]
 
+# Mirrors that cannot be used; nothing listens at port 9.
+_KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "not-a-real-secret"}
+_NO_KEYS = {"AWS_METADATA_ENDPOINT": "http://127.0.0.1:9"}
+MIRRORS: list[tuple[str, dict[str, str], Expected]] = [
+    ("s3://bucket/run", _NO_KEYS, refused("checkpoint.mirror", "no credentials")),
+    (
+        "s3://bucket/run",
+        {**_KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+        refused("checkpoint.mirror", "s3://bucket/run", "the server is not there"),
+    ),
+    ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "abc"}, refused("checkpoint.mirror")),
+    ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "http://"}, refused("checkpoint.mirror")),
+    ("az://container/run", {}, refused("checkpoint.mirror", "no credentials")),
+    (
+        "az://container/run",
+        {"AZURE_STORAGE_ACCOUNT_NAME": "abc", "AZURE_STORAGE_ACCOUNT_KEY": "no base64!"},
+        refused("checkpoint.mirror"),
+    ),
+    (
+        "gs://bucket/run",
+        {"GOOGLE_APPLICATION_CREDENTIALS": "nothing.json"},
+        refused("checkpoint.mirror"),
+    ),
+]
+
 _SHORT = ("trainer.timeout_minutes=0.03",)
 
 
@@ -104,6 +129,12 @@ def inputs() -> list[Input]:
         found.append(
             Input("variables", _describe(variables), expected, command, environment=variables)
         )
+    for url, variables, expected in MIRRORS:
+        for command in (training(f"checkpoint.mirror={url}"), ("lrd", "checkpoints", url)):
+            # `lrd checkpoints` is given the address, and no key of a recipe.
+            words = expected.words if command[0] == "lrd.train" else expected.words[1:]
+            name = f"{command[0]} {url} {_describe(variables)}"
+            found.append(Input("mirrors", name, refused(*words), command, environment=variables))
     return found + _streams() + _launchers() + _other_starts()
 
 

@@ -105,6 +105,20 @@ NAMES = {
     "trainer.device": ("gpu", "cuda:99", "mps"),
     "trainer.on_nonfinite": ("ignore",),
     "checkpoint.on_error": ("ignore",),
+    "checkpoint.mirror": (
+        "s3://",
+        "s3:///run",
+        "s3://bucket/../run",
+        "s3://bucket//run",
+        "s3://bucket/a b",
+        "ftp://host/run",
+        "https://host/run",
+        "file://run",
+        "file:///",
+        "s3://user:password@bucket/run",
+        "'s3://bucket/run?X-Amz-Signature=abc'",
+        "file:///dev/null/run",
+    ),
 }
 
 SECTIONS = ("data", "model", "optimizer", "lr_dropout", "trainer", "checkpoint", "tracking")
@@ -206,6 +220,7 @@ OTHERS: dict[str, dict[str, Expected]] = {
     "trainer.timeout_minutes": {"1e-9": accepted("one rank waits for nobody")},
     "checkpoint.every_steps": {HUGE: accepted("at the end"), "0": accepted("at the end")},
     "checkpoint.keep_last": {HUGE: accepted("keeps all")},
+    "checkpoint.mirror": {"null": accepted("none")},
     "tracking.every_steps": {HUGE: accepted("never")},
     "tracking.probes": {HUGE: accepted("one for each parameter"), "0": accepted("none")},
     "tracking.histograms_every": {HUGE: accepted("never"), "0": accepted("never")},

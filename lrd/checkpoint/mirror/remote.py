@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic_core import PydanticCustomError
 
@@ -108,6 +109,7 @@ class Remote:
             raise UserError(f"{url}: {error}") from None
 
         self._obstore = obstore
+        _require_endpoints()
         try:
             self._small = _connect(self.url, SMALL)
             self._large = _connect(self.url, LARGE)
@@ -241,7 +243,7 @@ def _connect(url: str, limits: Limits) -> Any:
     """The store of an address; `Any` because the extra need not be installed."""
     from obstore.store import from_url
 
-    retries = {
+    retries: Any = {
         "max_retries": limits.retries,
         "retry_timeout": timedelta(seconds=limits.retry_seconds),
         "backoff": {
@@ -253,16 +255,40 @@ def _connect(url: str, limits: Limits) -> Any:
     if url.startswith("file://"):
         return from_url(url, mkdir=True)
 
-    options = {
+    options: Any = {
         "timeout": timedelta(seconds=limits.seconds),
         "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
         "allow_http": _may_use_http(),
     }
-    config: dict[str, Any] = {}
+    config: Any = {}
     if url.startswith("s3://") and "AWS_CHECKSUM_ALGORITHM" not in os.environ:
         # The server compares what it got with this digest, and refuses what was damaged on its way.
         config["checksum_algorithm"] = "SHA256"
     return from_url(url, config=config, client_options=options, retry_config=retries)
+
+
+def _require_endpoints() -> None:
+    """Refuse addresses of servers in the environment that would make obstore panic.
+
+    Raises:
+        UserError: one has no host.
+    """
+    for name, value in _endpoints().items():
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or " " in value:
+            raise UserError(
+                f"{KEY}: {name} in the environment should be the address of a server, "
+                "as http://host:9000 or https://host"
+            )
+
+
+def _endpoints() -> dict[str, str]:
+    """Variables of the environment with the address of a server: name -> address."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if "ENDPOINT" in name and name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and value
+    }
 
 
 def _may_use_http() -> bool:
@@ -271,11 +297,7 @@ def _may_use_http() -> bool:
         os.environ.get(name, "").lower() in ("1", "true", "yes")
         for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "ALLOW_HTTP")
     )
-    return allows or any(
-        value.startswith("http://")
-        for name, value in os.environ.items()
-        if "ENDPOINT" in name and name.startswith(("AWS_", "AZURE_", "GOOGLE_"))
-    )
+    return allows or any(value.startswith("http://") for value in _endpoints().values())
 
 
 def describe(error: BaseException) -> str:

@@ -122,7 +122,8 @@ def test_nobody_waits_for_a_server_that_hangs_and_the_newest_is_uploaded(start, 
     proxy.fault = lambda method, path: None
     run.wait_for_upload(6)
     assert run.finish() is None
-    assert steps_in(server, url) == [2, 6]  # the best one was made up for
+    # The best one was made up for. The first upload, which hung, may have been completed.
+    assert steps_in(server, url) in ([2, 6], [1, 2, 6])
 
 
 @pytest.mark.parametrize(
