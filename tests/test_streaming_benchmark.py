@@ -84,7 +84,9 @@ def test_the_speeds_are_measured(images, tmp_path):
     facts = json.loads(out.read_text())
     ways = [(row["way"], row["workers"]) for row in facts["rates"]]
     assert sorted(ways) == [
-        (way, workers) for way in ("files", "packed", "torchvision") for workers in (0, 1)
+        (way, workers)
+        for way in ("files", "files, uint8", "packed", "packed, uint8", "torchvision")
+        for workers in (0, 1)
     ]
     for row in facts["rates"]:
         assert row["images_per_s"]["min"] > 0

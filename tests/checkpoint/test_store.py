@@ -780,7 +780,8 @@ def test_a_file_of_the_run_directory_is_replaced_completely_or_not_at_all(tmp_pa
     assert (tmp_path / "recipe.yaml").read_text() == "first"
     run.write("recipe.yaml", "second")
     assert (tmp_path / "recipe.yaml").read_text() == "second"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "recipe.yaml"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [run_dir.LOCK, run_dir.SURVIVORS_LOCK, "recipe.yaml"]
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
