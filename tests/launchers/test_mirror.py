@@ -50,8 +50,9 @@ def mirrored(ranks: int, run_dir: Path, url: str, *overrides: str) -> list[str]:
     return train_command(ranks, run_dir, *STEPS, f"checkpoint.mirror={url}", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("proxy")
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_goes_on_from_the_mirror_alone_and_ends_like_an_undisturbed_one(
     tmp_path: Path, server: S3Server, url: str, undisturbed: dict[int, Path], ranks: int
 ) -> None:
