@@ -72,6 +72,7 @@ class Claim:
         self._occupant: Occupant | None = None  # that this start has written
         self._lock = threading.Lock()  # of `_occupant` and of what is written
         self._ended = threading.Event()
+        self._is_closed = False
         self._thread: threading.Thread | None = None
 
     def find_settings(self) -> dict[str, Any] | None:
@@ -151,9 +152,14 @@ class Claim:
             raise LostClaimError(self._describe_other_start(current))
 
     def release(self) -> None:
-        """Report this start's end, so that the next one need not wait; no error if that fails."""
+        """Report this start's end, so that the next one need not wait; no error if that fails.
+
+        After `close` it does nothing: the next start may have begun.
+        """
         self._ended.set()
         with self._lock:
+            if self._is_closed:
+                return
             try:
                 self.require_held()
                 assert self._occupant is not None
@@ -163,7 +169,8 @@ class Claim:
                 return
 
     def close(self) -> None:
-        """Stop counting up, without a word to the server."""
+        """Write nothing any more, and do not wait for a server that does not answer."""
+        self._is_closed = True
         self._ended.set()
         if self._thread is not None:
             self._thread.join(_SECONDS_TO_LEAVE)

@@ -149,13 +149,15 @@ class Uploader:
     def close(self) -> None:
         """End the thread, and tell the mirror that this start has ended."""
         with self._condition:
+            is_stuck = self._wanted_step is not None  # `finish` has waited long enough
             self._is_closing = True
             self._wanted_step = None
             self._condition.notify_all()
-        self._thread.join(_SECONDS_TO_LEAVE)
+        if not is_stuck:
+            self._thread.join(_SECONDS_TO_LEAVE)
+        self.claim.close()
         if self._thread.is_alive():  # it waits for a server that does not answer
             network.abandon(self._thread)
-        self.claim.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def _run(self) -> None:
@@ -182,6 +184,8 @@ class Uploader:
                 reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
                 with self._condition:
                     self._last_error = reason
+                    if self._is_closing and self._wanted_step is None:
+                        return  # `close` did not wait for this
                 if not is_failing:
                     self.report(self._describe_failure(step))
                 is_failing = True

@@ -122,8 +122,9 @@ def test_nobody_waits_for_a_server_that_hangs_and_the_newest_is_uploaded(start, 
     proxy.fault = lambda method, path: None
     run.wait_for_upload(6)
     assert run.finish() is None
-    # The best one was made up for. The first upload, which hung, may have been completed.
-    assert steps_in(server, url) in ([2, 6], [1, 2, 6])
+    uploaded = steps_in(server, url)
+    assert uploaded[-2:] == [2, 6]  # the best one was made up for
+    assert set(uploaded) <= {1, 2, 6}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_an_upload_that_fails_is_one_line_and_so_is_one_that_works_again(
     run = start()
     proxy.fault = fail_uploads(fault)
     run.save(1)
-    wait_until(lambda: sum("/step-" in path for _, path in proxy.requests) > 8)
+    wait_until(lambda: sum("/step-" in path for _, path in proxy.requests) > 5)
     assert steps_in(server, url) == []
 
     proxy.fault = lambda method, path: None
