@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ import lrd
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+
+# The beginning of a bare script on Accelerate, to compare with: lrd's network and nothing else.
+BARE_TRAINING = """
+import torch
+from accelerate import Accelerator
+from lrd.parts.resnet import ResNet
+
+accelerator = Accelerator(cpu=True)
+network = ResNet()
+optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+network, optimizer = accelerator.prepare(network, optimizer)
+images = torch.rand(64 // accelerator.num_processes, 3, 8, 8)
+labels = torch.zeros(len(images), dtype=torch.long)
+"""
 RESNET34_PARAMETERS = 21_282_122  # with ten classes
 
 

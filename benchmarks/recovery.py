@@ -11,7 +11,7 @@ that comes to it, and the phases are the differences between the latest of the r
 With `--cost`: what it costs in an undisturbed run that ranks can save when another one is lost. In
 every second step they do not copy the network's buffers; the ratio is of neighbouring steps.
 
-This file is also what the ranks run: `recovery.py MARKS RECIPE [section.key=value ...]`.
+recovery_rank.py is what the ranks run.
 """
 
 from __future__ import annotations
@@ -21,33 +21,52 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from common import (
+    ACCELERATE,
+    BARE_TRAINING,
+    RECIPE,
+    RESULTS,
+    ROOT,
+    circumstances,
+    spread,
+    summary,
+    write,
+)
+from recovery_rank import (
+    COST_VARIABLE,
+    IMPORTED,
+    LEFT,
+    MET,
+    SAVED,
+    SAW,
+    SET_UP,
+    START,
+    STEPPED,
+)
+from rich.progress import track
 
-START = "process starts"
-IMPORTED = "imports"
-MET = "ranks meet"
-SET_UP = "data, network, checkpoint"
-STEPPED = "first step"
-SAW = "the other rank sees it"
-SAVED = "state saved"
-LEFT = "rank leaves"
+from lrd import console
+
+RANK = str(Path(__file__).with_name("recovery_rank.py"))
+LAUNCHER = [*ACCELERATE, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml")]
+LAUNCHER += ["--max_restarts", "3"]
 
 # What ends at each moment, in this order.
 PHASES = (SAW, SAVED, LEFT, START, IMPORTED, MET, SET_UP, STEPPED)
 KILL_AFTER = (3, 8)  # steps
 STEPS = 1000  # more than are taken
 SECONDS = 120.0  # at most
-COST_VARIABLE = "RECOVERY_COST"
 COST_STEPS = 120
 COST_WARM_UP = 9
 
-BARE_SCRIPT = """
+BARE_SCRIPT = (
+    """
 import os, sys, time
 from pathlib import Path
 
@@ -59,16 +78,9 @@ def mark(what):
         stream.write(f"{os.environ['RANK']} {time.time()} {what}\\n")
 
 mark("process starts")
-import torch
-from accelerate import Accelerator
-from lrd.parts.resnet import ResNet
-
-accelerator = Accelerator(cpu=True)
-network = ResNet()
-optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-network, optimizer = accelerator.prepare(network, optimizer)
-images = torch.rand(64 // accelerator.num_processes, 3, 8, 8)
-labels = torch.zeros(len(images), dtype=torch.long)
+"""
+    + BARE_TRAINING
+    + """
 first = 0
 if folder.exists():
     accelerator.load_state(str(folder))
@@ -83,51 +95,7 @@ for step in range(first, int(sys.argv[3])):
         (folder / "step").write_text(str(step + 1))
     accelerator.wait_for_everyone()
 """
-
-
-def mark(what: str) -> None:
-    with Path(sys.argv[1]).open("a", encoding="utf-8") as stream:
-        stream.write(f"{os.environ['RANK']} {time.time()} {what}\n")
-
-
-def train_and_mark() -> None:
-    """What a rank runs."""
-    began = psutil.Process().create_time()
-    with Path(sys.argv[1]).open("a", encoding="utf-8") as stream:
-        stream.write(f"{os.environ['RANK']} {began} {START}\n")
-
-    from lrd import train
-    from lrd.job import setup, survivor
-    from lrd.job.progress import Progress
-
-    mark(IMPORTED)
-
-    def marking(module: Any, name: str, before: str = "", after: str = "") -> None:
-        function = getattr(module, name)
-
-        def marked(*arguments: Any, **options: Any) -> Any:
-            if before:
-                mark(before)
-            result = function(*arguments, **options)
-            if after:
-                mark(after)
-            return result
-
-        setattr(module, name, marked)
-
-    after_step = Progress.after_step
-
-    def marking_after_step(progress: Any, *arguments: Any) -> None:
-        after_step(progress, *arguments)
-        mark(f"step {progress.job.step}")
-
-    Progress.after_step = marking_after_step  # type: ignore[method-assign]
-    marking(setup, "start_rank", after=MET)
-    marking(train, "train", before=SET_UP)
-    marking(train, "report_failure", before=SAW)
-    marking(survivor, "save_state", after=SAVED)
-    marking(train, "exit_process", before=LEFT)
-    train.main(sys.argv[2:])
+)
 
 
 def read_marks(path: Path) -> list[tuple[int, float, str]]:
@@ -195,7 +163,7 @@ def next_steps(marks: list[tuple[int, float, str]], killed: float) -> dict[int, 
 
 def measure_lrd(folder: Path, kill_after: int) -> dict[str, Any]:
     path = folder / "marks"
-    command = [*LAUNCHER, str(Path(__file__)), str(path), RECIPE, f"run_dir={folder / 'run'}"]
+    command = [*LAUNCHER, RANK, str(path), RECIPE, f"run_dir={folder / 'run'}"]
     command += [f"trainer.max_steps={STEPS}", "checkpoint.every_steps=0"]
     killed = kill_and_wait(command, path, kill_after)
 
@@ -223,23 +191,10 @@ def measure_bare(folder: Path, kill_after: int) -> float:
     return min(next_steps(read_marks(path), killed).values()) - killed
 
 
-def take_every_second_copy() -> None:
-    """What a rank does beside `train_and_mark` with `--cost`."""
-    from lrd.job.buffers import BufferSnapshot
-
-    take = BufferSnapshot.take
-
-    def take_in_odd_steps(snapshot: BufferSnapshot, step: int) -> None:
-        if step % 2:
-            take(snapshot, step)
-
-    BufferSnapshot.take = take_in_odd_steps  # type: ignore[method-assign]
-
-
 def measure_cost(out: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "marks"
-        command = [*LAUNCHER, str(Path(__file__)), str(path), RECIPE, f"run_dir={name}/run"]
+        command = [*LAUNCHER, RANK, str(path), RECIPE, f"run_dir={name}/run"]
         command += [f"trainer.max_steps={COST_STEPS}", "checkpoint.every_steps=0"]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", COST_VARIABLE: "1"}
         subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True)
@@ -316,16 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        if COST_VARIABLE in os.environ:
-            take_every_second_copy()
-        train_and_mark()
-    else:
-        from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write
-        from rich.progress import track
-
-        from lrd import console
-
-        LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
-        LAUNCHER += [str(ROOT / "launch" / "accelerate" / "cpu.yaml"), "--max_restarts", "3"]
-        main()
+    main()

@@ -25,14 +25,23 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from common import RECIPE, RESULTS, ROOT, circumstances, spread, summary, write
+from common import (
+    ACCELERATE,
+    BARE_TRAINING,
+    RECIPE,
+    RESULTS,
+    ROOT,
+    circumstances,
+    spread,
+    summary,
+    write,
+)
 from rich.progress import track
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lrd import console
 
 PYTHON = [sys.executable, "-c"]
-LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 LIMIT = "python -c 'import torch, accelerate'"
 COMMANDS = {
     "python -c pass": [*PYTHON, "pass"],
@@ -45,17 +54,8 @@ COMMANDS = {
     "python -c 'import lrd.train, torch._dynamo'": [*PYTHON, "import lrd.train, torch._dynamo"],
     "lrd --help": [str(Path(sys.executable).with_name("lrd")), "--help"],
 }
-BARE_SCRIPT = """
-import time, torch
-from accelerate import Accelerator
-from lrd.parts.resnet import ResNet
-
-accelerator = Accelerator(cpu=True)
-network = ResNet()
-optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-network, optimizer = accelerator.prepare(network, optimizer)
-images = torch.rand(64 // accelerator.num_processes, 3, 8, 8)
-labels = torch.zeros(len(images), dtype=torch.long)
+BARE_SCRIPT = f"""{BARE_TRAINING}
+import time
 accelerator.backward(torch.nn.functional.cross_entropy(network(images), labels))
 optimizer.step()
 if accelerator.is_main_process:
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> tuple[float, str]:
 
 def launch(ranks: int, *target: str) -> tuple[float, str]:
     config = ["--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(ranks)]
-    return run([*LAUNCHER, *config, *target])
+    return run([*ACCELERATE, *config, *target])
 
 
 def measure_bare_script(ranks: int, script: Path) -> float:

@@ -41,7 +41,7 @@ from lrd.job.profiler import profile_steps
 from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
-from lrd.job.survivor import save_state, saving_in_background
+from lrd.job.survivor import reason_to_save_nothing, save_state, saving_in_background
 from lrd.memory import is_out_of_memory
 from lrd.recipe import named
 
@@ -84,13 +84,11 @@ def train(job: Job, signals: StopSignals) -> int:
                     job.compute_timer.take(),
                 )
                 stop_signal = statistics.stop_signal
-                progress.loss = statistics.mean_loss
-                progress.accuracy = statistics.mean_accuracy
-                progress.compute_seconds = statistics.compute_seconds
-                job.replaced_images = job.replaced_before + statistics.num_replaced
-                is_skipped = not guard.may_step(statistics)
                 if statistics.has_checkpoint_error:
                     handle_checkpoint_error(job)
+                is_skipped = not guard.may_step(statistics)
+                job.replaced_images = job.replaced_before + statistics.num_replaced
+                progress.take_statistics(statistics)
 
             # The lr of this step, before the schedule changes it.
             lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
@@ -473,6 +471,9 @@ def describe_lost_rank(job: Job | None, error: RuntimeError, missing: str) -> st
         start = "from the beginning"
     else:
         start = "from rank 0's newest checkpoint"
+    unsaved = reason_to_save_nothing(job)
+    if unsaved is not None and job.step > job.first_step:
+        start += f", because the state after step {job.step} is not saved: {unsaved}"
     return f"step {job.step + 1}: {missing} ({reason}); the same command goes on {start}"
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.helpers import object_server
 from tests.helpers.launching import STEPS, launch, train_command
+from tests.helpers.object_server import FaultyProxy, S3Server
+
+_mirror_numbers = count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +45,30 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
                 assert done.returncode == 0, done.stdout + done.stderr
                 (run_dir.parent / "done").touch()
     return runs
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[S3Server]:
+    """A real S3 server."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """In front of the server; the environment's variables lead there."""
+    proxy = FaultyProxy(server)
+    for name, value in object_server.environment(proxy.port).items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def url() -> str:
+    """The address of a mirror on the server that no other test has."""
+    return f"s3://{object_server.BUCKET}/test-{next(_mirror_numbers)}"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -48,37 +49,18 @@ class RunDir:
         _require_own_files(path)
 
         patience = STOP_SECONDS if patience is None else patience
-        if not self._take_lock(self._lock, patience):
+        if not take_lock(self._lock, patience, on_wait=self._report_wait):
             raise UserError(f"run_dir: another run is using {path}; give this one another run_dir")
 
         # A rank of the last start may still be saving its state.
         with suppress(OSError), (path / SURVIVORS_LOCK).open("a+") as lock:
-            self._take_lock(lock, patience)
+            take_lock(lock, patience, on_wait=self._report_wait)
 
-    def _take_lock(self, lock: IO[str], patience: float) -> bool:
-        """Try for `patience` seconds to take a lock. Returns whether this run may go on."""
-        start = time.monotonic()
-        was_reported = False
-
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                waited = time.monotonic() - start
-            except OSError:  # a file system without locks
-                return True
-
-            if waited >= patience:
-                return False
-
-            if waited > _SECONDS_BEFORE_MESSAGE and not was_reported:
-                was_reported = True
-                console.info(
-                    f"{self.path}: another run is using this directory; "
-                    f"waiting up to {patience:.0f} s for it to leave"
-                )
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+    def _report_wait(self, patience: float) -> None:
+        console.info(
+            f"{self.path}: another run is using this directory; "
+            f"waiting up to {patience:.0f} s for it to leave"
+        )
 
     def close(self) -> None:
         """Release the lock, so that other runs can use the directory."""
@@ -116,6 +98,39 @@ class RunDir:
             "updated": time.time(),
         }
         self.write("status.json", json.dumps({"state": state, **more, **process}, indent=1))
+
+
+def take_lock(
+    lock: IO[str], patience: float, on_wait: Callable[[float], None] = lambda patience: None
+) -> bool:
+    """Lock a file that other processes lock too, until it is closed.
+
+    Args:
+        lock: the open file.
+        patience: seconds to wait for it.
+        on_wait: is called once with `patience`, if it is not free within a second.
+
+    Returns:
+        Whether it is locked, or on a file system without locks.
+    """
+    start = time.monotonic()
+    was_reported = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            waited = time.monotonic() - start
+        except OSError:  # a file system without locks
+            return True
+
+        if waited >= patience:
+            return False
+
+        if waited > _SECONDS_BEFORE_MESSAGE and not was_reported:
+            was_reported = True
+            on_wait(patience)
+        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def _require_own_files(path: Path) -> None:

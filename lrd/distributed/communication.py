@@ -302,17 +302,21 @@ def broadcast_buffers(model: nn.Module) -> None:
     if not dist.is_initialized():
         return
 
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in model.buffers():
-        by_dtype.setdefault(buffer.dtype, []).append(buffer)
-
     # One broadcast for each dtype: a ResNet has a hundred buffers.
-    for buffers in by_dtype.values():
+    for buffers in buffers_by_dtype(model).values():
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
         dist.broadcast(flat, src=0)
         parts = torch.split(flat, [buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
+
+
+def buffers_by_dtype(model: nn.Module) -> dict[torch.dtype, list[Tensor]]:
+    """The buffers of a network, those of each dtype together."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer.detach())
+    return by_dtype
 
 
 @dataclass(frozen=True)

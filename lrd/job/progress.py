@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrd import __version__, console
 from lrd.checkpoint import store
-from lrd.distributed.communication import all_gather_values, describe_rank
+from lrd.distributed.communication import StepStatistics, all_gather_values, describe_rank
 from lrd.job.rank_speed import SlowRanks, describe_spread
 from lrd.job.state import Job
 from lrd.optim.dropout import get_lr_dropout
@@ -25,24 +25,22 @@ from lrd.tracking.metrics_file import read_rows
 
 
 class Progress:
-    """Counts and shows what this start of the run does.
+    """Counts and shows what this start of the run does. All ranks must make one together.
 
     Attributes:
-        loss: the latest global mean loss.
-        accuracy: the latest accuracy over a global batch.
-        compute_seconds: for how long each rank computed in the latest step.
         num_steps: steps that this start has taken.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.loss = float("nan")
-        self.accuracy = float("nan")
-        self.compute_seconds: list[float] = []
         self.num_steps = 0
 
-        rank_names = all_gather_values(describe_rank())
-        self._slow_ranks = None if job.is_sharded else SlowRanks(rank_names)
+        # The latest of the global batch, and for how long each rank computed.
+        self._loss = float("nan")
+        self._accuracy = float("nan")
+        self._compute_seconds: list[float] = []
+
+        self._slow_ranks = SlowRanks(all_gather_values(describe_rank()))
         self._began = time.perf_counter()
         self._paused = {
             "evaluation": 0.0,
@@ -73,6 +71,19 @@ class Progress:
         yield
         self._paused[reason] += time.perf_counter() - start
 
+    def take_statistics(self, statistics: StepStatistics) -> None:
+        """Take what the ranks told each other in the step, and name a rank that has become slow."""
+        self._loss = statistics.mean_loss
+        self._accuracy = statistics.mean_accuracy
+        if self.job.is_sharded:  # the time of exchanging shards is not told apart
+            return
+
+        self._compute_seconds = statistics.compute_seconds
+        lines = self._slow_ranks.add(statistics.compute_seconds)
+        if self.job.tracker is not None:
+            for line in lines:
+                console.error(line)
+
     def before_step(self) -> None:
         """Keep what a record of the step needs of the state before it."""
         if self.job.tracker is not None:
@@ -91,17 +102,13 @@ class Progress:
         job.recorder.record_probes(job.step, lrs, moved=not is_skipped)
         if job.tracker is not None:
             job.tracker.record_updates(job.step)
-        # The shards of a network are exchanged while it computes, which is not told apart.
-        if self._slow_ranks is not None and job.tracker is not None:
-            for line in self._slow_ranks.add(self.compute_seconds):
-                console.error(line)
         if job.step % job.recipe.tracking.every_steps != 0:
             return
 
         images_per_second = self._speed.measure(self.num_steps, sum(self._paused.values()))
         scalars = {
-            "train/loss": self.loss,
-            "train/accuracy": self.accuracy,
+            "train/loss": self._loss,
+            "train/accuracy": self._accuracy,
             "train/images_per_second": images_per_second,
             "train/grad_norm": float(grad_norm),
         }
@@ -109,12 +116,11 @@ class Progress:
             scalars["train/skipped"] = job.skipped_steps
         if job.recipe.data.skip_corrupt:
             scalars["train/replaced"] = job.replaced_images
-        if self._slow_ranks is not None:
-            scalars |= describe_spread(self.compute_seconds)
+        scalars |= describe_spread(self._compute_seconds)
         job.recorder.record_step(job.step, lrs, scalars, moved=not is_skipped)
         if job.tracker is None:  # this is not the main process
             return
-        self._epoch.add(self.loss, self.accuracy)
+        self._epoch.add(self._loss, self._accuracy)
         self._epoch.lr = lrs[0]
         self._show(lrs[0], images_per_second)
 
@@ -195,7 +201,7 @@ class Progress:
     def _show(self, lr: float, images_per_second: float) -> None:
         job = self.job
         figures = (
-            f"loss {self.loss:.4f} acc {self.accuracy:.4f} lr {lr:.3g} "
+            f"loss {self._loss:.4f} acc {self._accuracy:.4f} lr {lr:.3g} "
             f"{images_per_second:.0f} images/s"
         )
         if job.skipped_steps:

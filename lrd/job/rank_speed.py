@@ -7,19 +7,20 @@ optimizer's step. What it waits for the other ranks is not in it.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-SLOW_FACTOR = 1.5  # a rank is slow from here on, and has recovered below the second one
-RECOVERED_FACTOR = 1.25
+SLOW_FACTOR = 1.5  # times the median of the other ranks: such a rank is slow
+RECOVERED_FACTOR = 1.25  # below this it is slow no longer
 LEAST_STEPS = 20  # over which ranks are compared
 LEAST_SECONDS = 10.0  # so that a write in the background, for example, is not taken for more
 
@@ -37,12 +38,10 @@ class ComputeTimer:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._start: Any = None
-        self._spans: deque[tuple[Any, Any]] = deque()
-        self._num_steps = 0
+        self._spans: deque[_Span] = deque()
 
     def begin_step(self) -> None:
         """A step begins."""
-        self._num_steps += 1
         self._start = self._now()
 
     def end_with_backward(self, loss: Tensor) -> None:
@@ -54,29 +53,31 @@ class ComputeTimer:
         # Callbacks run in the order in which they were queued. DDP queues the one in which it waits
         # for the other ranks at the end of the backward pass, this one comes at its beginning.
         loss.register_hook(  # type: ignore[no-untyped-call]
-            lambda _: Variable._execution_engine.queue_callback(self._end_span)
+            lambda _: Variable._execution_engine.queue_callback(self._end_backward)
         )
 
     @contextmanager
     def measure(self) -> Iterator[None]:
         """Another part of the step that no rank waits in."""
-        self._start = self._now()
+        start = self._now()
         yield
-        self._end_span()
+        self._spans.append(_Span(start, self._now()))
 
     def take(self) -> float:
         """The mean seconds of a step since the last call; nan: there is none that has ended."""
         seconds = 0.0
-        while self._spans and (not self._is_cuda or self._spans[0][1].query()):
-            start, end = self._spans.popleft()
-            seconds += start.elapsed_time(end) / 1e3 if self._is_cuda else end - start
+        num_steps = 0
+        while self._spans and (not self._is_cuda or self._spans[0].end.query()):
+            span = self._spans.popleft()
+            num_steps += span.has_backward
+            if self._is_cuda:
+                seconds += span.start.elapsed_time(span.end) / 1e3
+            else:
+                seconds += span.end - span.start
+        return seconds / num_steps if num_steps else float("nan")
 
-        num_steps = self._num_steps
-        self._num_steps = 0
-        return seconds / num_steps if num_steps and seconds else float("nan")
-
-    def _end_span(self) -> None:
-        self._spans.append((self._start, self._now()))
+    def _end_backward(self) -> None:
+        self._spans.append(_Span(self._start, self._now(), has_backward=True))
 
     def _now(self) -> Any:
         if not self._is_cuda:
@@ -84,6 +85,19 @@ class ComputeTimer:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+class _Span(NamedTuple):
+    """A part of a step.
+
+    Attributes:
+        start, end: seconds on the clock of `time.perf_counter`, or events of a GPU.
+        has_backward: whether it is the part with the backward pass, of which a step has one.
+    """
+
+    start: Any
+    end: Any
+    has_backward: bool = False
 
 
 class SlowRanks:
@@ -106,7 +120,7 @@ class SlowRanks:
         Returns:
             A line for each rank that has become slow, or is slow no longer.
         """
-        if len(seconds) < 2 or any(value != value for value in seconds):
+        if len(seconds) < 2 or any(map(math.isnan, seconds)):
             return []
 
         self._num_steps += 1
@@ -122,6 +136,7 @@ class SlowRanks:
         return lines
 
     def _compare(self, elapsed: float) -> list[str]:
+        """A line for each rank that has become slow, or is slow no longer."""
         lines = []
         means = [total / self._num_steps for total in self._sums]
         for rank, mean in enumerate(means):
@@ -142,7 +157,7 @@ class SlowRanks:
 
 def describe_spread(seconds: list[float]) -> dict[str, float]:
     """What TensorBoard shows of the seconds of all ranks in a step, by tag; of one rank nothing."""
-    if len(seconds) < 2 or any(value != value for value in seconds):
+    if len(seconds) < 2 or any(map(math.isnan, seconds)):
         return {}
 
     slowest = max(range(len(seconds)), key=seconds.__getitem__)

@@ -448,13 +448,12 @@ def _warm_up_ddp_buckets(job: Job) -> None:
     # A compiled network is compiled anew for each batch size.
     batch_size = job.batches.micro_batch_size if job.recipe.trainer.compile else 2
     inputs = job.make_inputs(batch_size)
-    saved_buffers = [buffer.clone() for buffer in job.raw_model.buffers()]
+    job.buffers.take(job.step)
 
     for _ in range(2):
         job.accelerator.backward(job.ddp_model(inputs).sum())
 
-    for buffer, saved in zip(job.raw_model.buffers(), saved_buffers, strict=True):
-        buffer.copy_(saved)
+    job.buffers.restore()
     job.raw_model.zero_grad()
 
 

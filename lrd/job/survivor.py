@@ -14,8 +14,6 @@ checkpoint to rank 0.
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,14 +22,13 @@ from pathlib import Path
 
 from lrd import console
 from lrd.checkpoint import store
-from lrd.checkpoint.run_dir import SURVIVORS_LOCK
+from lrd.checkpoint.run_dir import SURVIVORS_LOCK, take_lock
 from lrd.distributed.communication import describe_rank
 from lrd.errors import UserError, describe_os_error
 from lrd.job.state import Job
 
 # A launcher gives its ranks 30 s to end. The write needs a part of it.
 _SECONDS_TO_WAIT = 15.0
-_SECONDS_BETWEEN_TRIES = 0.05
 
 
 @contextmanager
@@ -45,18 +42,14 @@ def saving_in_background(job: Job | None, reason: str) -> Iterator[None]:
 
 
 def save_state(job: Job, reason: str) -> None:
-    """Save the state after `job.step` steps, unless there is such a checkpoint already.
+    """Save the state after `job.step` steps, if it is new, and there is no reason against it.
 
-    A line says why, if it cannot be saved.
+    A line says so if it could not be written.
 
     Args:
         reason: why the run ends, for the checkpoint.
     """
-    if job.step == job.first_step:  # this start has completed no step
-        return
-    problem = _reason_to_save_nothing(job)
-    if problem is not None:
-        console.error(f"{describe_rank()}: the state after step {job.step} is not saved: {problem}")
+    if job.step == job.first_step or reason_to_save_nothing(job) is not None:
         return
 
     if job.buffers.step == job.step:
@@ -80,13 +73,11 @@ def save_state(job: Job, reason: str) -> None:
         return
 
     with suppress(OSError):
-        section = job.recipe.checkpoint
-        best_step = job.best["step"] if section.keep_best and job.best is not None else None
-        store.delete_old(run_dir, section.keep_last, best_step)
+        store.delete_old(run_dir, job.recipe.checkpoint.keep_last, job.kept_best_step)
 
 
-def _reason_to_save_nothing(job: Job) -> str | None:
-    """Why this rank cannot save the state; None if it can."""
+def reason_to_save_nothing(job: Job) -> str | None:
+    """Why the ranks that are left cannot save the state; None if they can."""
     if job.is_sharded:
         return "each rank has a shard of it"
     if job.accelerator.device.type != "cpu":
@@ -103,14 +94,6 @@ def _one_rank_at_a_time(run_dir: Path) -> Iterator[None]:
     If another rank does not leave it in time, it is entered all the same: that rank may be stopped.
     A checkpoint is published by a rename, so each of them is whole.
     """
-    deadline = time.monotonic() + _SECONDS_TO_WAIT
     with (run_dir / SURVIVORS_LOCK).open("a") as lock:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-            except OSError:  # a file system without locks
-                break
+        take_lock(lock, _SECONDS_TO_WAIT)
         yield

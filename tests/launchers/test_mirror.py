@@ -8,8 +8,6 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,31 +17,7 @@ from lrd.errors import EXIT_STOPPED, UserError
 from tests.helpers.equality import NUM_STEPS, assert_same_end
 from tests.helpers.launching import STEPS, launch, signal_all, start, train_command, wait_for
 from tests.helpers.mirrored_run import steps_in
-from tests.helpers.object_server import BUCKET, FaultyProxy, S3Server, environment
-
-_numbers = count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(server)
-    for name, value in environment(proxy.port).items():
-        monkeypatch.setenv(name, value)
-    yield proxy
-    proxy.stop()
-
-
-@pytest.fixture
-def url() -> str:
-    """The address of a mirror that no other test has."""
-    return f"s3://{BUCKET}/launched-{next(_numbers)}"
+from tests.helpers.object_server import FaultyProxy, S3Server
 
 
 def mirrored(ranks: int, run_dir: Path, url: str, *overrides: str) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -393,21 +394,20 @@ def test_the_tag_of_a_metric_says_on_which_images_it_was_measured(name, tag):
     assert evaluation_tag(name) == tag
 
 
+def go_on(run: TrackedRun, run_dir: Path, step: int, **options: Any) -> Tracker:
+    """The tracker of the next start."""
+    return Tracker(
+        run_dir, step, STEPS_PER_EPOCH, run.recipe, run.network, run.optimizer, **options
+    )
+
+
 def test_an_evaluation_that_is_recorded_already_is_not_recorded_twice(tmp_path):
     first = TrackedRun(tmp_path)
     first.update(1)
     first.tracker.record_evaluation(1, {"loss": 2.0})
     first.tracker.flush()
 
-    second = Tracker(
-        tmp_path,
-        1,
-        STEPS_PER_EPOCH,
-        first.recipe,
-        first.network,
-        first.optimizer,
-        looks_for_evaluation=True,
-    )
+    second = go_on(first, tmp_path, step=1, looks_for_evaluation=True)
     second.record_evaluation(1, {"loss": 3.0, "accuracy": 0.5})
     second.record_evaluation(2, {"loss": 1.0})
     second.flush()
@@ -429,16 +429,7 @@ def test_scalars_that_the_main_process_had_not_written_come_from_a_survivor(tmp_
     assert list(rescued) == [1, 2, 3, 4]
     rescued = {step: rescued[step] for step in (3, 4)}
 
-    second = Tracker(
-        tmp_path,
-        4,
-        STEPS_PER_EPOCH,
-        first.recipe,
-        first.network,
-        first.optimizer,
-        rescued=rescued,
-        looks_for_evaluation=True,
-    )
+    second = go_on(first, tmp_path, step=4, rescued=rescued, looks_for_evaluation=True)
     second.record_evaluation(4, {"loss": 2.0, "accuracy": 0.5})
     second.flush()
 

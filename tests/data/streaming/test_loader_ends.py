@@ -46,8 +46,18 @@ def make_loader(workers: int, fault: str = "", fault_at: int = -1) -> Loader:
     return Loader(Reader(fault, fault_at), [[(0, i)] for i in range(ENDLESS)], workers)
 
 
+_children_before: set[psutil.Process] = set()  # of this process; others than workers
+
+
+@pytest.fixture(autouse=True)
+def find_other_children() -> None:
+    """Other tests may have started a server for all tests, for example."""
+    _children_before.clear()
+    _children_before.update(psutil.Process().children())
+
+
 def worker_processes() -> list[psutil.Process]:
-    return psutil.Process().children()
+    return [child for child in psutil.Process().children() if child not in _children_before]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
