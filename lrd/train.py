@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
-from lrd.checkpoint.mirror.uploader import END_SECONDS
+from lrd.checkpoint.mirror.uploader import UPLOAD_SECONDS_AT_END
 from lrd.distributed import communication, roll_call
 from lrd.distributed.accelerator import check_launch_variables, exit_process
 from lrd.distributed.replica_check import compare_replicas
@@ -355,7 +355,7 @@ def wait_for_upload(job: Job, signals: StopSignals, stop_signal: int) -> None:
     line = None
     if job.writer is not None and job.writer.uploader is not None:
         # The others wait in a collective, which fails after the recipe's timeout.
-        limit = min(END_SECONDS, 30.0 * job.recipe.trainer.timeout_minutes)
+        limit = min(UPLOAD_SECONDS_AT_END, 30.0 * job.recipe.trainer.timeout_minutes)
         line = job.writer.uploader.finish(limit, lambda: bool(stop_signal or signals.received))
     line = communication.broadcast_from_main(line)
     if line is None:

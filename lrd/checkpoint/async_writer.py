@@ -18,7 +18,7 @@ from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
 from lrd.checkpoint.mirror.claim import Claim
-from lrd.checkpoint.mirror.uploader import ERROR_SECONDS, Uploader
+from lrd.checkpoint.mirror.uploader import UPLOAD_SECONDS_AT_ERROR, Uploader
 from lrd.errors import UserError, describe_os_error
 
 
@@ -95,7 +95,7 @@ class AsyncWriter:
             return
 
         if error is not None:
-            line = self.uploader.finish(ERROR_SECONDS, is_stopping=lambda: False)
+            line = self.uploader.finish(UPLOAD_SECONDS_AT_ERROR, is_stopping=lambda: False)
             if line is not None:
                 console.info(line)
         self.uploader.close()

@@ -59,6 +59,19 @@ def read_files(folder: Path) -> dict[str, Any]:
     return files
 
 
+def parse_files(raw: bytes) -> dict[str, Any]:
+    """Return what the bytes of a manifest say of each file; see `read_files`.
+
+    Raises:
+        ValueError: they are not those of a valid manifest.
+    """
+    entries, error_line = _parse(raw)
+    if entries is None or not isinstance(entries.get("files"), dict):
+        raise ValueError(error_line.removeprefix(f"{NAME}: ") or "does not list files")
+    files: dict[str, Any] = entries["files"]
+    return files
+
+
 def find_damage(
     folder: Path, step: int, required: dict[int, set[str]], optional: set[str]
 ) -> str | None:
@@ -122,8 +135,16 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
     try:
         raw = (folder / NAME).read_bytes()
+    except OSError as error:
+        return None, f"{NAME}: cannot be read: {first_line(error)}"
+    return _parse(raw)
+
+
+def _parse(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """Read the bytes of a manifest. Returns as `_read`."""
+    try:
         entries = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return None, f"{NAME}: cannot be read: {first_line(error)}"
 
     if not isinstance(entries, dict) or "format" not in entries:

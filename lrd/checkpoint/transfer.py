@@ -28,12 +28,11 @@ from lrd.errors import RunError, UserError, describe_os_error
 
 _NO_CHECKPOINT = -1  # in place of a step
 _CHUNK_BYTES = 1 << 24  # what each rank holds in memory of a file while it is broadcast
-RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
+_RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
 
-# A checkpoint's file or one of RECORD_FILES; no part of it begins with a dot.
-_COPIED_NAME = re.compile(
-    r"checkpoints/step-[0-9]{8,20}/\w[\w.-]{0,199}|events\.out\.tfevents\.[\w.-]{1,220}|metrics\.csv"
-)
+# What a name from elsewhere may be; no part of it begins with a dot.
+_CHECKPOINT_FILE_NAME = re.compile(r"checkpoints/step-[0-9]{8,20}/\w[\w.-]{0,199}")
+_RECORD_NAME = re.compile(r"events\.out\.tfevents\.[\w.-]{1,220}|metrics\.csv")
 _MAX_NAME_SHOWN = 100
 
 _STAGING_NAME = ".transfer"  # in rank 0's run directory; the run's lock keeps other runs out
@@ -130,7 +129,16 @@ def _list_files(run_dir: Path, step: int) -> dict[str, int]:
     for folder in folders:
         paths += folder.iterdir()
     sizes = {str(path.relative_to(run_dir)): path.stat().st_size for path in sorted(paths)}
-    return {name: size for name, size in sizes.items() if _COPIED_NAME.fullmatch(name)}
+    return {name: size for name, size in sizes.items() if _is_name_of_a_run(name)}
+
+
+def is_record_name(name: str) -> bool:
+    """Whether a name from elsewhere is one of an event file or `metrics.csv`, and nothing else."""
+    return _RECORD_NAME.fullmatch(name) is not None
+
+
+def _is_name_of_a_run(name: str) -> bool:
+    return is_record_name(name) or _CHECKPOINT_FILE_NAME.fullmatch(name) is not None
 
 
 def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
@@ -144,7 +152,7 @@ def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
         RunError: names the first such file.
     """
     for name, size in files.items():
-        if _COPIED_NAME.fullmatch(name) is None or type(size) is not int or size < 0:
+        if not _is_name_of_a_run(name) or type(size) is not int or size < 0:
             shown = ascii(name)[:_MAX_NAME_SHOWN]
             raise RunError(
                 f"{source_name} offers a file {shown} of {size} bytes, which is none that a run "
@@ -154,7 +162,7 @@ def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
 
 def record_files(folder: Path) -> list[Path]:
     """The event files and `metrics.csv` of a run directory."""
-    return [path for pattern in RECORD_FILES for path in folder.glob(pattern)]
+    return [path for pattern in _RECORD_FILES for path in folder.glob(pattern)]
 
 
 def _copy_file(source_path: Path, target_path: Path, size: int, source: int) -> str | None:

@@ -27,6 +27,7 @@ SORT_KEYS: dict[str, Callable[[RunSummary], Any]] = {
     "date": lambda run: _last_if_none(run.updated, descending=True),
     "state": lambda run: run.state,
 }
+_CHECKPOINT_COLUMNS = ["checkpoint", "size", "epoch", "best accuracy", "verified"]
 
 
 def runs_table(root: Path, sort: str = "run", as_json: bool = False) -> None:
@@ -80,9 +81,6 @@ def _last_if_none(value: float | None, descending: bool = False) -> tuple[bool, 
     return False, -value if descending else value
 
 
-_COLUMNS = ["checkpoint", "size", "epoch", "best accuracy", "verified"]
-
-
 def checkpoints_table(place: str, verify: bool) -> bool:
     """Print a row for each checkpoint of a run, also for those that were moved aside as damaged.
 
@@ -120,7 +118,7 @@ def checkpoints_table(place: str, verify: bool) -> bool:
             all_valid = all_valid and damage is None
         rows.append(row)
 
-    console.table(str(run_dir), _COLUMNS if verify else _COLUMNS[:-1], rows)
+    console.table(str(run_dir), _CHECKPOINT_COLUMNS if verify else _CHECKPOINT_COLUMNS[:-1], rows)
     return all_valid
 
 
@@ -152,7 +150,7 @@ def _mirror_table(remote: Remote, verify: bool) -> bool:
             all_valid = all_valid and (damage is None or not is_whole)
         rows.append(row)
 
-    console.table(remote.url, _COLUMNS if verify else _COLUMNS[:-1], rows)
+    console.table(remote.url, _CHECKPOINT_COLUMNS if verify else _CHECKPOINT_COLUMNS[:-1], rows)
     return all_valid
 
 
@@ -177,6 +175,7 @@ def export_weights_and_report(
         try:
             _export(run_dir, place, out, best, ema, step)
         except UserError as error:
+            # It names the temporary copy, of which the user knows nothing.
             raise UserError(str(error).replace(str(run_dir), place)) from None
 
 
@@ -206,5 +205,5 @@ def _describe_position(path: Path) -> tuple[str, str]:
         # Checkpoints of earlier versions do not name it: it was the accuracy on the test images.
         accuracy = best[best.get("metric", "accuracy")]
         return epoch, f"{accuracy:.4f} at step {best['step']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "?", "?"

@@ -132,15 +132,15 @@ def call_with_timeout(seconds: float, action: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
-        if not _abandoned_threads:
-            _remember_exit_status()
-        _abandoned_threads.append(thread)
+        abandon(thread)
         raise TimeoutError("no answer from the store")
     return results[0]
 
 
 def abandon(thread: threading.Thread) -> None:
     """Give up a thread that is in a call of a library that does not return."""
+    if not _abandoned_threads:
+        _remember_exit_status()
     _abandoned_threads.append(thread)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,20 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     )
 
     job.claim = claim
-    communication.run_on_main_process(lambda: _require_own_mirror(job))
+    communication.run_on_main_process(lambda: _require_same_run_in_mirror(job))
 
     # From here on the run directory is this run's, and the mirror too.
-    communication.run_on_main_process(lambda: _lock_run_dir(job))
-    _resume(job)
+    with ExitStack() as stack:
+        if claim is not None:  # a start that ends here must not seem to use the mirror
+            stack.callback(claim.close)
+            stack.callback(claim.release)
 
-    wrap_model(job)
-    communication.run_on_main_process(lambda: _open_outputs(job))
+        communication.run_on_main_process(lambda: _lock_run_dir(job))
+        _resume(job)
+
+        wrap_model(job)
+        communication.run_on_main_process(lambda: _open_outputs(job))
+        stack.pop_all()
     return job
 
 
@@ -137,7 +144,7 @@ def _connect_mirror(recipe: recipes.Recipe) -> Claim | None:
     claims: list[Claim] = []
 
     def connect() -> None:
-        remote = Remote(url)
+        remote = Remote(url, creates_folder=True)
         remote.require_access()
         claims.append(Claim(remote, Path(recipe.run_dir)))
 
@@ -328,7 +335,7 @@ def _build_weight_average(model: nn.Module, recipe: recipes.Recipe) -> WeightAve
         ) from None
 
 
-def _require_own_mirror(job: Job) -> None:
+def _require_same_run_in_mirror(job: Job) -> None:
     """Refuse a mirror that another run has. Nothing is written."""
     if job.claim is None:
         return

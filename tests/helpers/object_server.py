@@ -117,6 +117,7 @@ class FaultyProxy:
         fault: what becomes of a request; it may be set at any time.
         requests: method and path of each request so far, and `DELETE` with the name of each object
             that was to be deleted.
+        headers: of each of these requests, their names in small letters.
     """
 
     def __init__(self, server: S3Server) -> None:
@@ -124,6 +125,7 @@ class FaultyProxy:
         self.port = free_port()
         self.fault: Fault = lambda method, path: None
         self.requests: list[tuple[str, str]] = []
+        self.headers: list[set[str]] = []
         self._closed = threading.Event()
         self._listener: ThreadingHTTPServer | None = None
         self.start()
@@ -165,6 +167,7 @@ class FaultyProxy:
         method = handler.command
         path = handler.path
         self.requests.append((method, path))
+        self.headers.append({name.lower() for name in handler.headers})
         size = int(handler.headers.get("Content-Length") or 0)
 
         fault = self.fault(method, path)
@@ -176,6 +179,7 @@ class FaultyProxy:
         if "?delete" in path:
             deleted = re.findall(rb"<Key>(.*?)</Key>", body)
             self.requests += [("DELETE", key.decode()) for key in deleted]
+            self.headers += [set() for _ in deleted]
         if fault == "hang":
             self._closed.wait(TIMEOUT)
             handler.close_connection = True

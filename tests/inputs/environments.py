@@ -98,6 +98,8 @@ MIRRORS: list[tuple[str, dict[str, str], Expected]] = [
     ),
     ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "abc"}, refused("checkpoint.mirror")),
     ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "http://"}, refused("checkpoint.mirror")),
+    ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "http://a:b"}, refused("AWS_ENDPOINT_URL")),
+    ("s3://bucket/run", {**_KEYS, "AWS_SESSION_TOKEN": "a\nb"}, refused("AWS_SESSION_TOKEN")),
     ("az://container/run", {}, refused("checkpoint.mirror", "no credentials")),
     (
         "az://container/run",

@@ -69,6 +69,7 @@ class Claim:
     def __init__(self, remote: Remote, run_dir: Path) -> None:
         self.remote = remote
         self.run_dir = run_dir
+        self._seen_start: str | None = None  # in the mirror, when it was looked at
         self._occupant: Occupant | None = None  # that this start has written
         self._lock = threading.Lock()  # of `_occupant` and of what is written
         self._ended = threading.Event()
@@ -94,6 +95,7 @@ class Claim:
         if occupant is None:
             return None
 
+        self._seen_start = occupant.start
         self._require_same_run(occupant)
         if occupant.is_alive and occupant.start != self._read_local().get("start"):
             self._wait_until_gone(occupant)
@@ -108,34 +110,31 @@ class Claim:
         Raises:
             UserError: another start was faster, or it failed.
         """
-        local = self._read_local()
         try:
             current = self._read()
-            if current is not None:
-                self._require_same_run(current)
-            run = current.run if current is not None else local.get("run", uuid.uuid4().hex)
-            mine = Occupant(
-                run=run,
+            if current is not None and current.start != self._seen_start:
+                raise UserError(self._describe_other_start(current))
+
+            occupant = Occupant(
+                run=self._find_run_id(current),
                 start=uuid.uuid4().hex,
                 is_alive=True,
                 beat=0,
                 host=socket.gethostname(),
                 settings=settings,
             )
-            if not self.remote.write(RUN_FILE, mine.render(), is_new=current is None):
+            # First here: a start that is killed in between must know the mirror as its own.
+            self._write_local(occupant)
+
+            if not self.remote.write(RUN_FILE, occupant.render(), is_new=current is None):
                 # Or it is this one: the answer to the first try may have been lost.
                 current = self._read()
-                if current is None or current.start != mine.start:
+                if current is None or current.start != occupant.start:
                     raise UserError(self._describe_other_start(current))
         except RemoteError as error:
             raise UserError(f"{KEY}: {self.remote.url}: {error}") from None
 
-        content = json.dumps({"run": run, "start": mine.start}, indent=1).encode()
-        try:
-            files.replace(self.run_dir / LOCAL_FILE, content)
-        except OSError as error:
-            raise UserError(f"run_dir: {describe_os_error(error)}") from None
-        self._occupant = mine
+        self._occupant = occupant
         self._thread = threading.Thread(target=self._beat, name="mirror-claim", daemon=True)
         self._thread.start()
 
@@ -147,8 +146,8 @@ class Claim:
             RemoteError: it failed.
         """
         current = self._read()
-        mine = self._occupant
-        if mine is None or current is None or current.start != mine.start:
+        occupant = self._occupant
+        if occupant is None or current is None or current.start != occupant.start:
             raise LostClaimError(self._describe_other_start(current))
 
     def release(self) -> None:
@@ -242,15 +241,38 @@ class Claim:
         except ValueError as error:
             raise RemoteError(f"{RUN_FILE}: {error}") from None
 
-    def _read_local(self) -> dict[str, str]:
-        """The ids in the run directory; empty if it has none."""
+    def _find_run_id(self, occupant: Occupant | None) -> str:
+        """The id of the run: the mirror's, else the run directory's, else a new one."""
+        if occupant is not None:
+            return occupant.run
+        return self._read_local().get("run", uuid.uuid4().hex)
+
+    def _write_local(self, occupant: Occupant) -> None:
+        ids = {"run": occupant.run, "start": occupant.start}
         try:
-            values = json.loads((self.run_dir / LOCAL_FILE).read_bytes())
-        except (OSError, ValueError):
+            files.replace(self.run_dir / LOCAL_FILE, json.dumps(ids, indent=1).encode())
+        except OSError as error:
+            raise UserError(f"run_dir: {describe_os_error(error)}") from None
+
+    def _read_local(self) -> dict[str, str]:
+        """The ids in the run directory; empty if it has none.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        path = self.run_dir / LOCAL_FILE
+        try:
+            ids = json.loads(path.read_bytes())
+        except FileNotFoundError:
             return {}
-        if not isinstance(values, dict):
-            return {}
-        return {key: value for key, value in values.items() if isinstance(value, str)}
+        except OSError as error:
+            raise UserError(f"run_dir: {describe_os_error(error)}") from None
+        except (ValueError, RecursionError):
+            ids = None
+
+        if not isinstance(ids, dict) or not all(isinstance(value, str) for value in ids.values()):
+            raise UserError(f"run_dir: {path} is damaged; it should have the ids of run and start")
+        return ids
 
 
 class LostClaimError(UserError):

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lrd import console
@@ -102,7 +101,7 @@ def downloaded(remote: Remote, step: int, sizes: dict[str, int]) -> Iterator[Pat
     """
     with tempfile.TemporaryDirectory(prefix="lrd-mirror-") as name:
         try:
-            download_checkpoint(remote, step, sizes, Path(name))
+            _copy_files(remote, step, sizes, Path(name))
         except RemoteError as error:
             raise UserError(f"{remote.url}: {error}") from None
         yield store.checkpoint_path(Path(name), step)
@@ -164,13 +163,24 @@ def download_checkpoint(
     Raises:
         RemoteError: the mirror cannot be read.
         OSError: a file cannot be written.
+        UserError: it has another layout version. That is not damage, so an older checkpoint must
+            not silently take its place.
     """
+    target = _copy_files(remote, step, sizes, run_dir)
+    damage = store.find_damage(target)
+    if damage is not None and store.has_other_layout(target):
+        raise UserError(f"{remote.url}/{folder_name(step)}: {damage}")
+    return damage
+
+
+def _copy_files(remote: Remote, step: int, sizes: dict[str, int], run_dir: Path) -> Path:
+    """Copy the files of a checkpoint; see `download_checkpoint`. Returns its folder."""
     target = store.checkpoint_path(run_dir, step)
     target.mkdir(parents=True, exist_ok=True)
     for file in (manifest.NAME, *sorted(store.FILES & sizes.keys())):
         if file in sizes:
             remote.download(f"{folder_name(step)}/{file}", target / file, sizes[file])
-    return store.find_damage(target)
+    return target
 
 
 def _download_best(
@@ -196,22 +206,20 @@ def _download_best(
 
 def _download_records(remote: Remote, step: int, staging: Path) -> None:
     """Copy the records as they were when a checkpoint was written. Damaged ones are left out."""
-    # Where the records are described as the files of a checkpoint are, that code verifies them.
-    described = remote.read(f"{folder_name(step)}/{RECORDS_FILE}")
-    folder = staging / "records"
-    folder.mkdir()
-    (folder / manifest.NAME).write_bytes(described or b"")
+    name_of_list = f"{folder_name(step)}/{RECORDS_FILE}"
+    content = remote.read(name_of_list)
     try:
-        expected = manifest.read_files(folder)
-    except OSError as error:
-        console.info(f"{remote.url}/{folder_name(step)}/{RECORDS_FILE}: {error}; no records copied")
-        expected = {}
-    shutil.rmtree(folder)
+        if content is None:
+            raise ValueError("is missing")
+        expected = manifest.parse_files(content)  # they are listed as a checkpoint's files are
+    except ValueError as error:
+        console.info(f"{remote.url}/{name_of_list}: {error}; no records copied")
+        return
 
     available = remote.list_objects()
     for name, entry in expected.items():
         # A name that comes from the mirror must not lead out of the folder.
-        if not any(fnmatchcase(name, pattern) for pattern in transfer.RECORD_FILES) or "/" in name:
+        if not transfer.is_record_name(name):
             continue
         size = entry.get("bytes") if isinstance(entry, dict) else None
         if not isinstance(size, int) or available.get(name, -1) < size:

@@ -1,6 +1,6 @@
 """The names of the objects of a mirror, and which of its checkpoints are whole.
 
-    <mirror>/run.json                           whose it is, see `claim`
+    <mirror>/run.json                           which run it belongs to, see `claim`
     <mirror>/events.out.tfevents.*, metrics.csv the records, as in the run directory
     <mirror>/checkpoints/step-00001234/
         model.safetensors, ...                  as in the run directory

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ _MEANINGS = {
 }
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS")
 _MIN_SECRET_LENGTH = 6
+_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")  # of the variables that obstore reads
 
 
 class RemoteError(Exception):
@@ -84,6 +86,7 @@ class Remote:
 
     Args:
         url: its address, as `checkpoint.mirror` has it. Credentials come from the environment.
+        creates_folder: whether the folder of a `file://` address is made if it does not exist.
 
     Attributes:
         url: the same.
@@ -93,7 +96,7 @@ class Remote:
             not say what the library needs to begin.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, creates_folder: bool = False) -> None:
         try:
             import obstore
         except ImportError:
@@ -109,12 +112,13 @@ class Remote:
             raise UserError(f"{url}: {error}") from None
 
         self._obstore = obstore
-        _require_endpoints()
+        _require_environment()
         try:
-            self._small = _connect(self.url, SMALL)
-            self._large = _connect(self.url, LARGE)
-        except Exception as error:
-            raise UserError(f"{KEY}: {self.url}: {describe(error)}") from None
+            with _described_failures():
+                self._small = _connect(self.url, SMALL, creates_folder)
+                self._large = _connect(self.url, LARGE, creates_folder)
+        except RemoteError as error:
+            raise UserError(f"{KEY}: {self.url}: {error}") from None
 
     def list_objects(self, prefix: str = "") -> dict[str, int]:
         """All objects whose names begin with a prefix of whole parts: name -> size in bytes.
@@ -122,10 +126,8 @@ class Remote:
         Raises:
             RemoteError: it failed.
         """
-        try:
+        with _described_failures():
             found = self._obstore.list(self._small, prefix or None).collect()
-        except Exception as error:
-            raise RemoteError(describe(error)) from None
         return {str(entry["path"]): int(entry["size"]) for entry in found}
 
     def read(self, name: str) -> bytes | None:
@@ -134,14 +136,13 @@ class Remote:
         Raises:
             RemoteError: it failed.
         """
-        try:
-            return bytes(self._obstore.get(self._small, name).bytes())
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise RemoteError(describe(error)) from None
-            return None
-        except Exception as error:
-            raise RemoteError(describe(error)) from None
+        with _described_failures():
+            try:
+                return bytes(self._obstore.get(self._small, name).bytes())
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None
 
     def write(self, name: str, content: bytes, is_new: bool = False) -> bool:
         """Write a small object. Readers see either the old one or the new one.
@@ -155,13 +156,13 @@ class Remote:
         Raises:
             RemoteError: it failed.
         """
-        try:
-            self._obstore.put(self._small, name, content, mode="create" if is_new else "overwrite")
-        except self._obstore.exceptions.AlreadyExistsError:
-            return False
-        except Exception as error:
-            raise RemoteError(describe(error)) from None
-        return True
+        mode: Any = "create" if is_new else "overwrite"
+        with _described_failures():
+            try:
+                self._obstore.put(self._small, name, content, mode=mode)
+            except self._obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a file to an object, which appears when it is whole.
@@ -169,7 +170,7 @@ class Remote:
         Raises:
             RemoteError: it failed.
         """
-        try:
+        with _described_failures():
             self._obstore.put(
                 self._large,
                 name,
@@ -177,8 +178,6 @@ class Remote:
                 chunk_size=_CHUNK_BYTES,
                 max_concurrency=_NUM_REQUESTS,
             )
-        except Exception as error:
-            raise RemoteError(describe(error)) from None
 
     def download(self, name: str, path: Path, size: int) -> None:
         """Copy the first `size` bytes of an object to a new file, and flush it to the disk.
@@ -191,10 +190,8 @@ class Remote:
         with path.open("wb") as stream:
             for start in range(0, size, _CHUNK_BYTES):
                 length = min(_CHUNK_BYTES, size - start)
-                try:
+                with _described_failures():
                     chunk = self._obstore.get_range(self._large, name, start=start, length=length)
-                except Exception as error:
-                    raise RemoteError(describe(error)) from None
                 stream.write(memoryview(chunk))
         sync(path)
 
@@ -204,10 +201,8 @@ class Remote:
         Raises:
             RemoteError: it failed.
         """
-        try:
+        with _described_failures():
             self._obstore.rename(self._small, name, new_name)
-        except Exception as error:
-            raise RemoteError(describe(error)) from None
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects. One that is gone already is no error.
@@ -216,12 +211,8 @@ class Remote:
             RemoteError: it failed.
         """
         for name in names:
-            try:
+            with _described_failures(), suppress(FileNotFoundError):
                 self._obstore.delete(self._small, name)
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                raise RemoteError(describe(error)) from None
 
     def require_access(self) -> None:
         """Write, list and delete an object of a name that no other has.
@@ -239,7 +230,21 @@ class Remote:
             raise UserError(f"{KEY}: {self.url}: {error}") from None
 
 
-def _connect(url: str, limits: Limits) -> Any:
+@contextmanager
+def _described_failures() -> Iterator[None]:
+    """A context for calls of obstore, in which each failure becomes a RemoteError.
+
+    What obstore does not expect ends in a Rust panic, which is no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RemoteError(describe(error)) from None
+
+
+def _connect(url: str, limits: Limits, creates_folder: bool) -> Any:
     """The store of an address; `Any` because the extra need not be installed."""
     from obstore.store import from_url
 
@@ -253,7 +258,7 @@ def _connect(url: str, limits: Limits) -> Any:
         },
     }
     if url.startswith("file://"):
-        return from_url(url, mkdir=True)
+        return from_url(url, mkdir=creates_folder)
 
     options: Any = {
         "timeout": timedelta(seconds=limits.seconds),
@@ -267,19 +272,34 @@ def _connect(url: str, limits: Limits) -> Any:
     return from_url(url, config=config, client_options=options, retry_config=retries)
 
 
-def _require_endpoints() -> None:
-    """Refuse addresses of servers in the environment that would make obstore panic.
+def _require_environment() -> None:
+    """Refuse variables of the environment that would make obstore panic.
 
     Raises:
-        UserError: one has no host.
+        UserError: names one of them, not its value.
     """
+    for name, value in os.environ.items():
+        has_control_character = any(character < " " or character == "\x7f" for character in value)
+        if name.startswith(_PREFIXES) and has_control_character:
+            raise UserError(
+                f"{KEY}: {name} in the environment has a line break or another control character"
+            )
+
     for name, value in _endpoints().items():
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or " " in value:
+        if not _is_server_address(value):
             raise UserError(
                 f"{KEY}: {name} in the environment should be the address of a server, "
                 "as http://host:9000 or https://host"
             )
+
+
+def _is_server_address(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - raises a ValueError if it is none
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and " " not in value
 
 
 def _endpoints() -> dict[str, str]:
@@ -287,7 +307,7 @@ def _endpoints() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if "ENDPOINT" in name and name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and value
+        if "ENDPOINT" in name and name.startswith(_PREFIXES) and value
     }
 
 

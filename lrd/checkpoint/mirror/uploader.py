@@ -25,9 +25,9 @@ from lrd.checkpoint.mirror.remote import KEY, RemoteError
 from lrd.distributed import network
 from lrd.errors import describe_os_error
 
-STOP_SECONDS = 20.0  # to wait for the last upload at a stop: launchers kill after 30 s
-ERROR_SECONDS = 5.0  # the same when the run has failed, and may be started again at once
-END_SECONDS = 300.0  # the same at the end of the run
+UPLOAD_SECONDS_AT_STOP = 20.0  # to wait for the last upload at a stop: launchers kill after 30 s
+UPLOAD_SECONDS_AT_ERROR = 5.0  # the same when the run has failed, and may be started again at once
+UPLOAD_SECONDS_AT_END = 300.0  # the same at the end of the run
 
 _STAGING_NAME = ".mirror-upload"  # in the run directory
 _FIRST_DELAY = 1.0  # seconds before a failed upload is tried again; doubled each time
@@ -69,6 +69,7 @@ class Uploader:
         self.report = report
         self.uploaded_step: int | None = None
 
+        self._cannot_delete = False
         self._staging = run_dir / _STAGING_NAME
         shutil.rmtree(self._staging, ignore_errors=True)  # of a start that was killed
         self._uploaded_records: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
@@ -111,7 +112,8 @@ class Uploader:
 
         Args:
             seconds: to wait at most.
-            is_stopping: whether a signal has come; from then on STOP_SECONDS are left at most.
+            is_stopping: whether a signal has come; from then on at most UPLOAD_SECONDS_AT_STOP are
+                left.
 
         Returns:
             A line if it is not uploaded.
@@ -127,7 +129,7 @@ class Uploader:
                 now = time.monotonic()
                 if is_stopping() and not has_seen_stop:
                     has_seen_stop = True
-                    deadline = min(deadline, now + STOP_SECONDS)
+                    deadline = min(deadline, now + UPLOAD_SECONDS_AT_STOP)
                 if now >= deadline:
                     break
                 if now - start > _SECONDS_BEFORE_MESSAGE and not was_reported:
@@ -176,7 +178,8 @@ class Uploader:
         while (step := self._next_step()) is not None:
             try:
                 self._upload(step)
-                self._tidy(step)
+                self._upload_best(step)
+                self._delete_old(step)
             except LostClaimError as error:
                 self._give_up(str(error))
                 return
@@ -270,9 +273,11 @@ class Uploader:
         content = (folder / manifest.NAME).read_bytes()
         files = manifest.read_files(folder)
         name = folder_name(step)
-        there = sort_by_step(self.remote.list_objects()).get(step, {})
-        if manifest.NAME in there:
-            has_same_sizes = all(there.get(file) == files[file]["bytes"] for file in files)
+
+        # It may be there already; or one of this step that was written anew since.
+        remote_sizes = sort_by_step(self.remote.list_objects()).get(step, {})
+        if manifest.NAME in remote_sizes:
+            has_same_sizes = all(remote_sizes.get(file) == files[file]["bytes"] for file in files)
             if has_same_sizes and self.remote.read(f"{name}/{manifest.NAME}") == content:
                 self._note_uploaded(step)
                 return
@@ -286,12 +291,15 @@ class Uploader:
             self.remote.upload(folder / file, f"{name}/{file}")
         self.remote.write(f"{name}/{RECORDS_FILE}", manifest.render(step, records).encode())
 
-        there = sort_by_step(self.remote.list_objects(name)).get(step, {})
+        remote_sizes = sort_by_step(self.remote.list_objects(name)).get(step, {})
         for file in files:
-            if there.get(file) != files[file]["bytes"]:
+            if remote_sizes.get(file) != files[file]["bytes"]:
                 raise RemoteError(
-                    f"{file} has {there.get(file, 0)} bytes there, not {files[file]['bytes']}"
+                    f"{file} has {remote_sizes.get(file, 0)} bytes there, "
+                    f"not {files[file]['bytes']}"
                 )
+
+        # From here on readers see it.
         self.claim.require_held()
         self.remote.write(f"{name}/{manifest.NAME}", content)
         self._note_uploaded(step)
@@ -312,43 +320,67 @@ class Uploader:
                 continue
             status = path.stat()
             version = (status.st_size, status.st_mtime_ns)
-            known = self._uploaded_records.get(path.name)
-            if known is None or known[0] != version:
+            uploaded = self._uploaded_records.get(path.name)
+            if uploaded is None or uploaded[0] != version:
                 # A copy, because the run goes on writing.
                 copied = self._staging / path.name
                 shutil.copyfile(path, copied)
                 entry = manifest.measure(copied)
                 self.remote.upload(copied, path.name)
                 copied.unlink()
-                known = self._uploaded_records[path.name] = (version, entry)
-            entries[path.name] = known[1]
+                uploaded = self._uploaded_records[path.name] = (version, entry)
+            entries[path.name] = uploaded[1]
         return entries
 
-    def _tidy(self, step: int) -> None:
-        """Upload the best checkpoint if it was passed over, and delete old ones.
-
-        As in the run directory, these are kept: the newest `keep_last`, the best one, and as many
-        as it takes to have store.MIN_VALID. Each was verified before its manifest was uploaded.
-        """
+    def _upload_best(self, step: int) -> None:
+        """Upload the best checkpoint if it was passed over, unless a newer one waits."""
         with self._condition:
             best_step = self._best_step
-            is_urgent = self._wanted_step != step
-        if is_urgent:
+        if best_step is None or self._has_newer_than(step):
             return
 
-        by_step = sort_by_step(self.remote.list_objects())
-        whole = whole_steps(by_step)
-        best_path = store.checkpoint_path(self.run_dir, best_step or 0)
-        if best_step is not None and best_step not in whole and best_path.is_dir():
+        whole = whole_steps(sort_by_step(self.remote.list_objects()))
+        if best_step not in whole and store.checkpoint_path(self.run_dir, best_step).is_dir():
             self._stage(best_step)
             self._upload(best_step)
 
-        num_kept = max(self.section.keep_last, store.MIN_VALID)
-        kept = {*whole[-num_kept:], best_step, step}
-        for old_step, files in by_step.items():
-            if old_step in kept or (manifest.NAME not in files and DAMAGED_FILE in files):
-                continue
-            self.claim.require_held()
-            others = sorted(files.keys() - {manifest.NAME})
-            names = [manifest.NAME, *others] if manifest.NAME in files else others
-            self.remote.delete([f"{folder_name(old_step)}/{file}" for file in names])
+    def _delete_old(self, step: int) -> None:
+        """Delete old checkpoints, unless a newer one waits to be uploaded.
+
+        As in the run directory, these are kept: the newest `keep_last`, the best one, and as many
+        as it takes to have store.MIN_VALID. Each was verified before its manifest was uploaded. If
+        they cannot be deleted, a line says so: `step` has been uploaded all the same.
+        """
+        with self._condition:
+            best_step = self._best_step
+        if self._has_newer_than(step):
+            return
+
+        try:
+            by_step = sort_by_step(self.remote.list_objects())
+            num_kept = max(self.section.keep_last, store.MIN_VALID)
+            kept = {*whole_steps(by_step)[-num_kept:], best_step, step}
+            for old_step, files in by_step.items():
+                is_damaged = manifest.NAME not in files and DAMAGED_FILE in files
+                if old_step not in kept and not is_damaged:
+                    self.claim.require_held()
+                    self._delete(old_step, set(files))
+        except RemoteError as error:
+            if not self._cannot_delete:
+                console.error(
+                    f"{KEY}: old checkpoints in {self.remote.url} could not be deleted: {error}; "
+                    "trying again after the next upload"
+                )
+            self._cannot_delete = True
+        else:
+            self._cannot_delete = False
+
+    def _delete(self, step: int, files: set[str]) -> None:
+        """Delete the files of a checkpoint, the manifest first."""
+        names = sorted(files, key=lambda file: (file != manifest.NAME, file))
+        self.remote.delete([f"{folder_name(step)}/{file}" for file in names])
+
+    def _has_newer_than(self, step: int) -> bool:
+        """Whether another checkpoint than `step` waits to be uploaded."""
+        with self._condition:
+            return self._wanted_step != step

@@ -77,8 +77,41 @@ def test_two_starts_at_the_same_moment(url, tmp_path):
     assert [claim.find_settings() for claim in claims] == [None, None]
     claims[0].take(SETTINGS)
     with pytest.raises(UserError, match="another run"):
-        claims[1].find_settings()
+        claims[1].take({**SETTINGS, "seed": 7})
+    claims[0].require_held()
     claims[0].close()
+
+
+def test_a_start_that_is_killed_while_it_takes_a_mirror_does_not_lose_it(
+    url, tmp_path, monkeypatch
+):
+    """Its first checkpoint may have been written before the recipe named the mirror."""
+    store.save(tmp_path / "a", make_state(1))
+    claim = make_claim(url, tmp_path / "a")
+    assert claim.find_settings() is None
+    with monkeypatch.context() as patch:
+        write = Remote.write
+        patch.setattr(Remote, "write", _write_and_die(write))
+        with pytest.raises(KeyboardInterrupt):
+            claim.take(SETTINGS)
+    take(url, tmp_path / "a").close()
+
+
+def _write_and_die(write):
+    def write_and_die(*arguments, **options):
+        write(*arguments, **options)
+        raise KeyboardInterrupt
+
+    return write_and_die
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"run": 1}', "half"])
+def test_ids_in_the_run_directory_that_cannot_be_read_are_one_line(url, tmp_path, text):
+    take(url, tmp_path / "a").release()
+    path = tmp_path / "a" / "mirror.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"run_dir: {path} is damaged"):
+        take(url, tmp_path / "a")
 
 
 def test_another_run_is_refused(url, tmp_path):

@@ -134,3 +134,32 @@ def test_an_older_run_directory_gets_the_newest(saved, url, tmp_path):
     fetch_newest(Remote(url), other)
     assert store.list_steps(other) == [1, 2]
     assert_same_checkpoint(saved, other, 2)
+
+
+def test_a_checkpoint_of_another_layout_is_refused_and_stays_as_it_is(
+    saved, server, url, tmp_path, monkeypatch
+):
+    """An older lrd must not take an older checkpoint in its place, nor retire it."""
+    before = sorted(server.keys(prefix_of(url)))
+    monkeypatch.setattr(manifest, "READABLE_VERSIONS", (2,))
+    with pytest.raises(UserError, match=r"step-00000002: manifest\.json: layout version 3"):
+        fetch_newest(Remote(url), tmp_path / "other")
+    assert sorted(server.keys(prefix_of(url))) == before
+    assert store.list_steps(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("text", [None, b"", b"[]", "flipped"])
+def test_without_a_list_of_the_records_none_are_copied(saved, server, url, tmp_path, capsys, text):
+    key = key_of(url, 2, "records.json")
+    if text is None:
+        server.delete(key)
+    else:
+        server.put(key, flip(server.get(key), 20) if text == "flipped" else text)
+    fetch_newest(Remote(url), tmp_path / "other")
+
+    assert store.list_steps(tmp_path / "other")[-1] == 2
+    assert not list((tmp_path / "other").glob("events.*"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "no records" in line]
+    assert line.startswith(f"{url}/checkpoints/step-00000002/records.json: ")
+    assert "manifest.json" not in line
+    assert ("is missing" in line) == (text is None)

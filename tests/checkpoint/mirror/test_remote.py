@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import obstore
 import pytest
 
 from lrd import recipe as recipes
 from lrd.checkpoint.mirror.remote import Remote, describe
 from lrd.errors import UserError
+from tests.helpers.mirrored_run import prefix_of
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "digits_resnet34_sgd_lrd.yaml"
 
@@ -25,7 +28,7 @@ def try_out(url: str) -> str:
 
 def test_access_leaves_nothing_behind(proxy, server, url):
     Remote(url).require_access()
-    assert server.keys(url.split("/", 3)[3]) == []
+    assert server.keys(prefix_of(url)) == []
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_azure_without_an_account():
 
 
 def test_a_folder(tmp_path):
-    remote = Remote(f"file://{tmp_path}/mirror")
+    remote = Remote(f"file://{tmp_path}/mirror", creates_folder=True)
     remote.require_access()
     assert remote.write("a/b", b"12", is_new=True)
     assert not remote.write("a/b", b"34", is_new=True)
@@ -110,3 +113,39 @@ def test_secrets_of_the_environment_are_cut_out_of_messages(monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a-long-token")
     line = describe(ValueError("at http://me:you@host/x?sig=1 with a-long-token\nmore"))
     assert line == "at http://host/x with <AWS_SESSION_TOKEN>"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ACCESS_KEY_ID", "first\nsecret"),
+        ("AWS_SESSION_TOKEN", "secret\n"),
+        ("AWS_ENDPOINT_URL", "http://a:99999"),
+        ("AWS_ENDPOINT_URL_S3", "http://a:b"),
+        ("AWS_ENDPOINT_URL", "http://[::1"),
+    ],
+)
+def test_a_variable_that_the_library_cannot_take_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert try_out("s3://bucket/run").startswith(f"checkpoint.mirror: {name} in the environment")
+
+
+def test_what_makes_the_library_panic_is_one_line(url, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panic(*_, **__):
+        raise PanicException("index out of bounds\nat line 3")
+
+    mirror = Remote(url)
+    monkeypatch.setattr(
+        mirror, "_obstore", SimpleNamespace(put=panic, exceptions=obstore.exceptions)
+    )
+    with pytest.raises(UserError, match=r"index out of bounds$"):
+        mirror.require_access()
+
+
+def test_looking_makes_no_folder(tmp_path):
+    line = try_out(f"file://{tmp_path}/nothing")
+    assert "nothing" in line
+    assert not (tmp_path / "nothing").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lrd.checkpoint import store
-from lrd.checkpoint.mirror import uploader
+from lrd.checkpoint.mirror import remote, uploader
 from lrd.checkpoint.mirror.fetching import fetch_newest
 from lrd.checkpoint.mirror.remote import Remote
 from tests.helpers.checkpoints import make_state
@@ -185,7 +185,7 @@ def test_at_the_end_the_wait_has_a_limit_and_a_line_says_what_is_missing(start, 
 
 
 def test_a_stop_signal_shortens_the_wait(start, proxy, monkeypatch):
-    monkeypatch.setattr(uploader, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(uploader, "UPLOAD_SECONDS_AT_STOP", 0.5)
     run = start()
     proxy.fault = fail_uploads("hang")
     run.save(1)
@@ -242,3 +242,45 @@ def test_no_credentials_are_in_what_is_written(start, server, url, tmp_path):
     written += [server.get(key) for key in server.keys(prefix_of(url))]
     assert len(written) > 10
     assert not any(secret in text for secret in secrets for text in written)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_no_failed_upload(start, server, proxy, url, capsys):
+    proxy.fault = lambda method, path: "403" if "?delete" in path else None
+    run = start(on_error="stop")
+    for step in (1, 2, 3, 4):
+        run.save(step)
+        run.wait_for_upload(step)
+    wait_until(lambda: sum("?delete" in path for _, path in proxy.requests) >= 2)
+    assert steps_in(server, url) == [1, 2, 3, 4]
+
+    proxy.fault = lambda method, path: None
+    run.save(5)
+    run.wait_for_upload(5)
+    assert run.finish() is None
+    assert steps_in(server, url) == [4, 5]
+    assert run.writer.take_errors() == []
+    assert capsys.readouterr().err.count("old checkpoints in") == 1
+
+
+def test_the_server_gets_a_digest_of_what_it_is_sent(start, proxy):
+    run = start()
+    run.save(1)
+    assert run.finish() is None
+    uploads = [
+        headers
+        for (method, _), headers in zip(proxy.requests, proxy.headers, strict=True)
+        if method == "PUT"
+    ]
+    assert uploads
+    assert all("x-amz-checksum-sha256" in headers for headers in uploads)
+
+
+def test_a_large_file_travels_in_parts(proxy, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_CHUNK_BYTES", 5 << 20)  # the least that S3 allows
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * (11 << 12))  # 11 MiB
+    mirror = Remote(url)
+    mirror.upload(path, "large")
+    assert sum("partNumber" in request for _, request in proxy.requests) == 3
+    mirror.download("large", tmp_path / "back", path.stat().st_size)
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
