@@ -35,10 +35,10 @@ from lrd.distributed import network
 from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
-    Door,
     JobToken,
     Meeting,
     MissingParties,
+    TokenChallenge,
     agree,
     describe_refused,
 )
@@ -135,7 +135,9 @@ class LauncherRendezvous(RendezvousHandler):
                 )
 
         self._arrivals = meeting.arrivals
-        self._store = PrefixStore(f"{LAUNCHERS_KEY}/{meeting.name}", self._token.own_keys(store))
+        self._store = PrefixStore(
+            f"{LAUNCHERS_KEY}/{meeting.name}", self._token.with_token_prefix(store)
+        )
         os.environ[LAUNCHERS_MEETING_VARIABLE] = meeting.name  # the ranks inherit it
 
         bootstrap = RendezvousStoreInfo(self.address, self.port)
@@ -151,7 +153,7 @@ class LauncherRendezvous(RendezvousHandler):
         if self.machine_rank != 0 or self._server is None:
             return 0
 
-        store = PrefixStore(LAUNCHERS_KEY, self._token.own_keys(self._server))
+        store = PrefixStore(LAUNCHERS_KEY, self._token.with_token_prefix(self._server))
         num_waiting = 0
         for machine, arrivals in enumerate(self._arrivals):
             if store.add(f"arrivals/{machine}", 0) > arrivals:
@@ -203,8 +205,8 @@ class LauncherRendezvous(RendezvousHandler):
             DistError: the store goes away.
             UserError: the main host has another job token.
         """
-        door = Door(
-            store, "lrd/door/launchers", self._token, self.name, on_refused=self._report_refused
+        challenge = TokenChallenge(
+            store, "lrd/token/launchers", self._token, self.name, on_refused=self._report_refused
         )
         statement = {"name": self.name, "machines": self.num_machines}
 
@@ -214,14 +216,14 @@ class LauncherRendezvous(RendezvousHandler):
         return network.call_with_timeout(
             seconds_left,
             lambda: agree(
-                PrefixStore(LAUNCHERS_KEY, self._token.own_keys(store)),
+                PrefixStore(LAUNCHERS_KEY, self._token.with_token_prefix(store)),
                 party=self.machine_rank,
                 num_parties=self.num_machines,
                 deadline=deadline,
                 statement=statement,
                 on_wait=self._notice_missing,
                 token=self._token,
-                door=door,
+                challenge=challenge,
             ),
         )
 

@@ -35,7 +35,7 @@ LAUNCHERS_MEETING_VARIABLE = "LRD_LAUNCHERS_MEETING"
 JOB_TOKEN_VARIABLE = "LRD_JOB_TOKEN"
 
 _POLL_SECONDS = 0.02
-_SECONDS_BEFORE_THE_DOOR = 2.0  # party 0 may only be starting
+_SECONDS_BEFORE_CHALLENGE = 2.0  # party 0 may only be starting
 _MAX_REFUSALS_READ = 8
 _MAX_NAME_LENGTH = 100
 _NO_PROPOSAL = b'["", []]'  # (store id, counts) before party 0 has proposed
@@ -79,7 +79,7 @@ class JobToken:
         """What the keys of parties with this token begin with in a store; empty without one."""
         return f"lrd-{self.prove('keys')[:32]}/" if self.secret else ""
 
-    def own_keys(self, store: Store) -> Store:
+    def with_token_prefix(self, store: Store) -> Store:
         """The part of a store that only parties with this token use; without one, all of it."""
         return PrefixStore(self.key_prefix.rstrip("/"), store) if self.secret else store
 
@@ -87,15 +87,15 @@ class JobToken:
 NO_TOKEN = JobToken()
 
 
-class Door:
-    """Where a party that has another token than party 0 learns it, and leaves its name.
+class TokenChallenge:
+    """How a party that has another token than party 0 learns it, and leaves its name.
 
     Parties with different tokens use different keys, so they would wait for each other in silence.
     Whoever reaches the store can write here too, so nothing here decides who is met.
 
     Args:
         store: the store itself, whose keys all parties see.
-        key: of this door.
+        key: of the challenge.
         token: this party's.
         name: this party's, for messages.
         on_refused: is called by party 0 with the name of each party that was refused.
@@ -116,11 +116,15 @@ class Door:
         self._on_refused = on_refused
         self._num_read = 0
 
-    def keep(self) -> None:
+    def post(self) -> None:
         """Say, as party 0, which token is asked for, without giving it away."""
         nonce = uuid.uuid4().hex
-        sign = {"name": self._name, "nonce": nonce, "proof": self._token.prove("door", nonce)}
-        self._store.set(self._key, json.dumps(sign))
+        challenge = {
+            "name": self._name,
+            "nonce": nonce,
+            "proof": self._token.prove("challenge", nonce),
+        }
+        self._store.set(self._key, json.dumps(challenge))
 
     def report_refused(self) -> None:
         """Report, as party 0, who has left a name since the last call; a few of them at most."""
@@ -129,18 +133,20 @@ class Door:
             self._num_read += 1
             self._on_refused(_clean(self._store.get(key).decode(errors="replace")))
 
-    def require_own_token(self) -> None:
+    def require_same_token(self) -> None:
         """Leave the name and raise if the party 0 that is here has another token.
 
         Raises:
             UserError: says whose token differs from whose.
         """
         try:
-            sign = json.loads(self._store.get(self._key) if self._store.check([self._key]) else "")
-            keeper, nonce, proof = (str(sign[key]) for key in ("name", "nonce", "proof"))
+            challenge = json.loads(
+                self._store.get(self._key) if self._store.check([self._key]) else ""
+            )
+            party_0, nonce, proof = (str(challenge[key]) for key in ("name", "nonce", "proof"))
         except (ValueError, LookupError, TypeError, RecursionError):
-            return  # there is no door yet, or a stranger has written there
-        if self._token.is_proven(proof, "door", nonce):
+            return  # there is none yet, or a stranger has written there
+        if self._token.is_proven(proof, "challenge", nonce):
             return
 
         for number in range(_MAX_REFUSALS_READ):
@@ -148,18 +154,15 @@ class Door:
             if not self._store.check([key]):
                 self._store.set(key, self._name)
                 break
-        raise UserError(self._describe_refusal(_clean(keeper), has_token=bool(proof)))
+        raise UserError(self._describe_refusal(_clean(party_0), has_token=bool(proof)))
 
-    def _describe_refusal(self, keeper: str, has_token: bool) -> str:
+    def _describe_refusal(self, party_0: str, has_token: bool) -> str:
+        refused = f"{JOB_TOKEN_VARIABLE}: {self._name} was refused:"
         if not self._token.secret:
-            return (
-                f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has none, and {keeper} has one"
-            )
+            return f"{refused} it has none, and {party_0} has one"
         if not has_token:
-            return (
-                f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has one, and {keeper} has none"
-            )
-        return f"{JOB_TOKEN_VARIABLE}: {self._name} was refused: it has not that of {keeper}"
+            return f"{refused} it has one, and {party_0} has none"
+        return f"{refused} it has not that of {party_0}"
 
 
 def describe_refused(name: str) -> str:
@@ -196,7 +199,7 @@ def agree(
     statement: dict[str, Any],
     on_wait: Callable[[list[int]], None] = lambda missing: None,
     token: JobToken = NO_TOKEN,
-    door: Door | None = None,
+    challenge: TokenChallenge | None = None,
 ) -> Meeting:
     """Return when all parties are here at the same time.
 
@@ -219,7 +222,7 @@ def agree(
         on_wait: is called by party 0 at each look, with the numbers of the parties it still waits
             for.
         token: what the other parties have to prove that they have too.
-        door: where parties with another token are told so.
+        challenge: where parties with another token are told so.
 
     Raises:
         UserError: party 0 has another token.
@@ -231,9 +234,9 @@ def agree(
     arrival = store.add(f"arrivals/{party}", 1)
     statement_text = json.dumps(statement)
     store.set(f"says/{party}/{arrival}", statement_text)
-    look_at_door = time.monotonic() + _SECONDS_BEFORE_THE_DOOR
-    if party == 0 and door is not None:
-        door.keep()
+    challenge_from = time.monotonic() + _SECONDS_BEFORE_CHALLENGE
+    if party == 0 and challenge is not None:
+        challenge.post()
 
     # Another store may see the same counts, and its meeting needs another name.
     store_id = uuid.uuid4().hex
@@ -260,8 +263,8 @@ def agree(
                     return meeting
         elif len(arrivals) == num_parties and arrivals[party] > arrival:
             raise TimeoutError(f"another process arrived as number {party}")
-        elif not arrivals and door is not None and time.monotonic() > look_at_door:
-            door.require_own_token()
+        elif not arrivals and challenge is not None and time.monotonic() > challenge_from:
+            challenge.require_same_token()
 
         # 4. Say that all agreed, or who is missing.
         if party == 0:
@@ -270,8 +273,8 @@ def agree(
                 for other in range(num_parties)
             ]
             missing = [other for other, text in enumerate(agreed) if text is None]
-            if door is not None:
-                door.report_refused()
+            if challenge is not None:
+                challenge.report_refused()
             on_wait(missing)
             if not missing:
                 # The others leave with this meeting from now on. Another look might see a party

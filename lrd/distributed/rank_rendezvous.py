@@ -28,10 +28,10 @@ from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
     NO_TOKEN,
-    Door,
     JobToken,
     Meeting,
     MissingParties,
+    TokenChallenge,
     agree,
     describe_differences,
     describe_refused,
@@ -81,7 +81,7 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
     _require_a_launcher(deadline)
     whole_store, rank, world_size = _open_store(timeout)
     token = JobToken.from_environment()
-    store = token.own_keys(whole_store)
+    store = token.with_token_prefix(whole_store)
     _require_the_same_launchers(store, whole_store, token, rank)
 
     facts_text = json.dumps(facts, sort_keys=True)
@@ -199,10 +199,12 @@ class _Ranks:
         """
         seconds_left = self.deadline - time.monotonic() + _GRACE_SECONDS
         store = PrefixStore(key, self.store)
-        door = None
+        challenge = None
         if self.whole_store is not None:
             name = f"rank {self.rank} on {self.host}"
-            door = Door(self.whole_store, "lrd/door/ranks", self.token, name, _report_refused)
+            challenge = TokenChallenge(
+                self.whole_store, "lrd/token/ranks", self.token, name, _report_refused
+            )
         try:
             return network.call_with_timeout(
                 seconds_left,
@@ -213,7 +215,7 @@ class _Ranks:
                     self.deadline,
                     statement,
                     token=self.token,
-                    door=door,
+                    challenge=challenge,
                 ),
             )
         except TimeoutError as error:
@@ -282,7 +284,7 @@ def _require_the_same_launchers(
         return
 
     name = f"rank {rank} on {socket.gethostname()}"
-    Door(whole_store, "lrd/door/launchers", token, name).require_own_token()
+    TokenChallenge(whole_store, "lrd/token/launchers", token, name).require_same_token()
     if not store.check([f"{LAUNCHERS_KEY}/agreed/{meeting_name}"]):
         raise RunError(
             "the main host was started again while this rank started; "

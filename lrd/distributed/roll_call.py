@@ -114,8 +114,9 @@ class RollCall:
                 _SECONDS_TO_ANSWER + 2 * _SECONDS_TO_CONNECT,
                 lambda: self._call(rank, answer),
             )
-        except (RuntimeError, ValueError, OSError):
-            # Without the store the ranks cannot agree on who reports this, so each of them does.
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError):
+            # Without the store, or with something in it that no rank has written, the ranks cannot
+            # agree on who reports this, so each of them does.
             return RollCallResult(
                 is_reporter=True,
                 text="rank 0 is gone, or the host that kept the ranks' store, "

@@ -14,6 +14,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from lrd.distributed import launcher_rendezvous, network
 from lrd.distributed.launcher_rendezvous import LauncherRendezvous
+from lrd.distributed.meeting import LAUNCHERS_MEETING_VARIABLE
 
 
 def make_launcher(rank: str | None = "0") -> LauncherRendezvous:
@@ -33,8 +34,9 @@ def make_launcher(rank: str | None = "0") -> LauncherRendezvous:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher sets this for its ranks; here it must not outlive the test."""
+    """A launcher sets these for its ranks; here they must not outlive the test."""
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv(LAUNCHERS_MEETING_VARIABLE, "")
 
 
 def lose_store(*_: object) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from lrd.distributed import meeting
-from lrd.distributed.meeting import NO_TOKEN, Door, JobToken, MissingParties
+from lrd.distributed.meeting import NO_TOKEN, JobToken, MissingParties, TokenChallenge
 from lrd.errors import UserError
 
 
@@ -83,11 +83,17 @@ OTHER = JobToken(b"a secret of another job")
 def meet(
     store: dist.Store, party: int, token: JobToken, seconds: float, refused: list[str]
 ) -> meeting.Meeting:
-    door = Door(store, "door", token, f"host{party}", refused.append)
+    challenge = TokenChallenge(store, "challenge", token, f"host{party}", refused.append)
     deadline = deadline_in(seconds)
     statement = {"party": party}
     return meeting.agree(
-        token.own_keys(store), party, 2, deadline, statement, token=token, door=door
+        token.with_token_prefix(store),
+        party,
+        2,
+        deadline,
+        statement,
+        token=token,
+        challenge=challenge,
     )
 
 
@@ -118,7 +124,7 @@ def test_a_party_with_another_token_is_refused_on_both_sides_and_the_job_goes_on
 ) -> None:
     refused: list[str] = []
     with ThreadPoolExecutor(2) as pool:
-        keeper = pool.submit(meet, store, 0, token, 30, refused)
+        party_0 = pool.submit(meet, store, 0, token, 30, refused)
         with pytest.raises(UserError) as caught:
             meet(store, 1, other, 30, [])
         assert str(caught.value) == f"LRD_JOB_TOKEN: host1 was refused: {reason}"
@@ -126,7 +132,7 @@ def test_a_party_with_another_token_is_refused_on_both_sides_and_the_job_goes_on
         while not refused:
             time.sleep(0.01)
         right = pool.submit(meet, store, 1, token, 30, [])
-        assert keeper.result() == right.result()
+        assert party_0.result() == right.result()
     assert refused == ["host1"]
 
 
@@ -135,9 +141,9 @@ def test_who_sees_all_keys_and_has_no_token_is_not_met(store: dist.TCPStore) -> 
     keys = dist.PrefixStore(TOKEN.key_prefix.rstrip("/"), store)
     refused: list[str] = []
     with ThreadPoolExecutor(2) as pool:
-        keeper = pool.submit(meet, store, 0, TOKEN, 1.5, refused)
+        party_0 = pool.submit(meet, store, 0, TOKEN, 1.5, refused)
         stranger = pool.submit(meeting.agree, keys, 1, 2, deadline_in(1.5), {"party": 1})
-        for party in (keeper, stranger):
+        for party in (party_0, stranger):
             assert isinstance(party.exception(), MissingParties)
 
 
@@ -146,7 +152,7 @@ def test_noise_in_the_keys_that_anybody_knows_harms_no_party_with_a_token(
     store: dist.TCPStore, noise: bytes
 ) -> None:
     text = noise.decode("latin-1")
-    for key in ("door", "door/refused/0", "proposal", "arrivals/0", "arrivals/1"):
+    for key in ("challenge", "challenge/refused/0", "proposal", "arrivals/0", "arrivals/1"):
         store.set(key, text)
 
     refused: list[str] = []

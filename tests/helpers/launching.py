@@ -14,8 +14,6 @@ import psutil
 import safetensors.torch
 import torch
 
-from lrd.distributed.meeting import LAUNCHERS_MEETING_VARIABLE
-
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "digits_resnet34_sgd_lrd.yaml")
 TIMEOUT = 120  # seconds
@@ -65,10 +63,7 @@ def train_command(
 
 def environment() -> dict[str, str]:
     """Return the variables that launched processes get: one thread for each rank."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
-    # Tests of the launcher's rendezvous in this process set it; it would be of no meeting there.
-    variables.pop(LAUNCHERS_MEETING_VARIABLE, None)
-    return variables
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
 
 
 def launch(arguments: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

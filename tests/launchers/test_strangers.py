@@ -31,8 +31,8 @@ WELL_KNOWN_KEYS = (
     "lrd/ranks/proposal",
     "lrd/ranks/arrivals/0",
     "lrd/ranks/arrivals/1",
-    "lrd/door/ranks",
-    "lrd/door/ranks/refused/0",
+    "lrd/token/ranks",
+    "lrd/token/ranks/refused/0",
 )
 
 
