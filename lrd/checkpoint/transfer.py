@@ -28,8 +28,6 @@ from lrd.errors import RunError, UserError, describe_os_error
 
 _NO_CHECKPOINT = -1  # in place of a step
 _CHUNK_BYTES = 1 << 24  # what each rank holds in memory of a file while it is broadcast
-_RECORD_FILES = ("events.out.tfevents.*", "metrics.csv")
-
 # What a name from elsewhere may be; no part of it begins with a dot.
 _CHECKPOINT_FILE_NAME = re.compile(r"checkpoints/step-[0-9]{8,20}/\w[\w.-]{0,199}")
 _RECORD_NAME = re.compile(r"events\.out\.tfevents\.[\w.-]{1,220}|metrics\.csv")
@@ -162,7 +160,7 @@ def _require_names_of_a_run(files: dict[str, int], source_name: str) -> None:
 
 def record_files(folder: Path) -> list[Path]:
     """The event files and `metrics.csv` of a run directory."""
-    return [path for pattern in _RECORD_FILES for path in folder.glob(pattern)]
+    return [path for path in folder.glob("*") if is_record_name(path.name)]
 
 
 def _copy_file(source_path: Path, target_path: Path, size: int, source: int) -> str | None:

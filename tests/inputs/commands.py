@@ -71,7 +71,7 @@ WITHOUT_RUN: dict[tuple[str, ...], Expected] = {
     ("checkpoints", "ftp://host/run"): refused("ftp://host/run"),
     ("checkpoints", "s3://user:password@bucket/run"): refused("user"),
     ("checkpoints", "s3://bucket/a b"): refused("s3://bucket/a b"),
-    ("checkpoints", "file:///nothing-here/x"): refused("file:///nothing-here/x"),
+    ("checkpoints", "file:///nothing-here/x"): refused("file:///nothing-here/x", "no such folder"),
     ("checkpoints", "."): refused("."),
     ("checkpoints", ".", "--export", "x.safetensors", "--verify"): refused("--export"),
     ("eval",): misused("RUN_OR_FILE"),

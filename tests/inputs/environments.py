@@ -98,8 +98,28 @@ MIRRORS: list[tuple[str, dict[str, str], Expected]] = [
     ),
     ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "abc"}, refused("checkpoint.mirror")),
     ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "http://"}, refused("checkpoint.mirror")),
-    ("s3://bucket/run", {**_KEYS, "AWS_ENDPOINT_URL": "http://a:b"}, refused("AWS_ENDPOINT_URL")),
-    ("s3://bucket/run", {**_KEYS, "AWS_SESSION_TOKEN": "a\nb"}, refused("AWS_SESSION_TOKEN")),
+    *(
+        (
+            "s3://bucket/run",
+            {**_KEYS, "AWS_ENDPOINT_URL": address},
+            refused("checkpoint.mirror", "AWS_ENDPOINT_URL"),
+        )
+        for address in ("http://a:b", "http://a:99999", "http://[::1", "http://a<b")
+    ),
+    *(
+        ("s3://bucket/run", {**_KEYS, name: "a\nb"}, refused("checkpoint.mirror", name))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    ),
+    (
+        "az://container/run",
+        {"AZURE_STORAGE_ACCOUNT_NAME": "a\tb"},
+        refused("checkpoint.mirror", "AZURE_STORAGE_ACCOUNT_NAME"),
+    ),
+    (
+        "gs://bucket/run",
+        {"GOOGLE_SERVICE_ACCOUNT": "a\rb"},
+        refused("checkpoint.mirror", "GOOGLE_SERVICE_ACCOUNT"),
+    ),
     ("az://container/run", {}, refused("checkpoint.mirror", "no credentials")),
     (
         "az://container/run",

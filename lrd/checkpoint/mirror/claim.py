@@ -110,13 +110,16 @@ class Claim:
         Raises:
             UserError: another start was faster, or it failed.
         """
+        previous_ids = self._read_local()
         try:
+            # What was compared and waited for is the start that was seen, and no other.
             current = self._read()
             if current is not None and current.start != self._seen_start:
                 raise UserError(self._describe_other_start(current))
 
+            new_run = previous_ids.get("run", uuid.uuid4().hex)
             occupant = Occupant(
-                run=self._find_run_id(current),
+                run=new_run if current is None else current.run,
                 start=uuid.uuid4().hex,
                 is_alive=True,
                 beat=0,
@@ -124,12 +127,14 @@ class Claim:
                 settings=settings,
             )
             # First here: a start that is killed in between must know the mirror as its own.
-            self._write_local(occupant)
+            self._write_local({"run": occupant.run, "start": occupant.start})
 
             if not self.remote.write(RUN_FILE, occupant.render(), is_new=current is None):
                 # Or it is this one: the answer to the first try may have been lost.
                 current = self._read()
                 if current is None or current.start != occupant.start:
+                    # A new id would keep this directory out of the other start's run for ever.
+                    self._write_local(previous_ids)
                     raise UserError(self._describe_other_start(current))
         except RemoteError as error:
             raise UserError(f"{KEY}: {self.remote.url}: {error}") from None
@@ -153,15 +158,14 @@ class Claim:
     def release(self) -> None:
         """Report this start's end, so that the next one need not wait; no error if that fails.
 
-        After `close` it does nothing: the next start may have begun.
+        It does nothing before `take`, nor after `close`: the next start may have begun.
         """
         self._ended.set()
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or self._occupant is None:
                 return
             try:
                 self.require_held()
-                assert self._occupant is not None
                 self._occupant = replace(self._occupant, is_alive=False)
                 self.remote.write(RUN_FILE, self._occupant.render())
             except (RemoteError, UserError):
@@ -241,16 +245,18 @@ class Claim:
         except ValueError as error:
             raise RemoteError(f"{RUN_FILE}: {error}") from None
 
-    def _find_run_id(self, occupant: Occupant | None) -> str:
-        """The id of the run: the mirror's, else the run directory's, else a new one."""
-        if occupant is not None:
-            return occupant.run
-        return self._read_local().get("run", uuid.uuid4().hex)
+    def _write_local(self, ids: dict[str, str]) -> None:
+        """Replace the ids in the run directory; it has none afterwards if `ids` is empty.
 
-    def _write_local(self, occupant: Occupant) -> None:
-        ids = {"run": occupant.run, "start": occupant.start}
+        Raises:
+            UserError: that is not possible.
+        """
+        path = self.run_dir / LOCAL_FILE
         try:
-            files.replace(self.run_dir / LOCAL_FILE, json.dumps(ids, indent=1).encode())
+            if ids:
+                files.replace(path, json.dumps(ids, indent=1).encode())
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {describe_os_error(error)}") from None
 

@@ -40,20 +40,17 @@ def fetch_newest(remote: Remote, run_dir: Path) -> None:
 
     try:
         by_step = sort_by_step(remote.list_objects())
-        for step in reversed(whole_steps(by_step)):
-            if step <= local_step:
-                return
+        later_steps = [step for step in whole_steps(by_step) if step > local_step]
+        if not later_steps:
+            return
 
-            shutil.rmtree(staging, ignore_errors=True)
-            size = sum(by_step[step].values())  # bytes
-            has = "none" if local_step < 0 else f"none after step {local_step}"
-            console.info(
-                f"{remote.url}: has a checkpoint of step {step}, {run_dir} has {has}: "
-                f"copying {size / 1e6:.1f} MB"
-            )
-            damage = download_checkpoint(remote, step, by_step[step], staging)
+        has = "none" if local_step < 0 else f"none after step {local_step}"
+        console.info(
+            f"{remote.url}: has a checkpoint of step {later_steps[-1]}, {run_dir} has {has}"
+        )
+        shutil.rmtree(staging, ignore_errors=True)  # of a start that was killed
+        for step, damage in _download_newest_first(remote, later_steps, by_step, staging):
             if damage is not None:
-                console.info(f"{remote.url}/{folder_name(step)}: damaged: {damage}; passed over")
                 _withdraw(remote, step)
                 continue
 
@@ -127,19 +124,15 @@ def downloaded_run(remote: Remote, best: bool, step: int | None) -> Iterator[Pat
     with tempfile.TemporaryDirectory(prefix="lrd-mirror-") as name:
         folder = Path(name)
         try:
-            for wanted_step in reversed(steps) if step is None else [step]:
-                damage = download_checkpoint(remote, wanted_step, by_step[wanted_step], folder)
-                path = store.checkpoint_path(folder, wanted_step)
+            wanted_steps = steps if step is None else [step]
+            walk = _download_newest_first(remote, wanted_steps, by_step, folder)
+            for found_step, damage in walk:
                 if damage is None:
                     if best:
-                        _download_best(remote, wanted_step, by_step, folder)
+                        _download_best(remote, found_step, by_step, folder)
                     break
-
-                place = f"{remote.url}/{folder_name(wanted_step)}"
                 if step is not None:
-                    raise UserError(f"{place}: {damage}")
-                console.info(f"{place}: passed over, it is damaged: {damage}")
-                shutil.rmtree(path)
+                    raise UserError(f"{remote.url}/{folder_name(step)}: {damage}")
             else:
                 raise UserError(f"{remote.url}: there is no valid checkpoint in it")
         except RemoteError as error:
@@ -147,34 +140,52 @@ def downloaded_run(remote: Remote, best: bool, step: int | None) -> Iterator[Pat
         yield folder
 
 
-def download_checkpoint(
-    remote: Remote, step: int, sizes: dict[str, int], run_dir: Path
-) -> str | None:
-    """Copy one checkpoint of a mirror to its place in a run directory, and verify it there.
+def _download_newest_first(
+    remote: Remote, steps: list[int], by_step: dict[int, dict[str, int]], run_dir: Path
+) -> Iterator[tuple[int, str | None]]:
+    """Copy checkpoints to their places in a run directory, as long as the caller asks for more.
 
     Args:
-        step: of the checkpoint.
-        sizes: file -> size in bytes, as the mirror lists it.
+        steps: of the checkpoints, the oldest first.
+        by_step: step -> file -> size in bytes, as the mirror lists them.
         run_dir: a folder that no run uses.
 
-    Returns:
-        One line that says what is wrong with the checkpoint; None if it is valid.
+    Yields:
+        The step, and one line that says what is wrong with the copy; None if it is valid. A damaged
+        one is removed, with a line, when the caller goes on.
 
     Raises:
         RemoteError: the mirror cannot be read.
         OSError: a file cannot be written.
-        UserError: it has another layout version. That is not damage, so an older checkpoint must
+        UserError: one has another layout version. That is not damage, so an older checkpoint must
             not silently take its place.
     """
-    target = _copy_files(remote, step, sizes, run_dir)
-    damage = store.find_damage(target)
-    if damage is not None and store.has_other_layout(target):
-        raise UserError(f"{remote.url}/{folder_name(step)}: {damage}")
-    return damage
+    for step in reversed(steps):
+        size = sum(by_step[step].values())  # bytes
+        console.info(f"{remote.url}/{folder_name(step)}: copying {size / 1e6:.1f} MB")
+        path = _copy_files(remote, step, by_step[step], run_dir)
+
+        damage = store.find_damage(path)
+        if damage is not None and store.has_other_layout(path):
+            raise UserError(f"{remote.url}/{folder_name(step)}: {damage}")
+        yield step, damage
+        if damage is not None:
+            _pass_over(remote, path, step, damage)
+
+
+def _pass_over(remote: Remote, path: Path, step: int, damage: str) -> None:
+    """Say why a checkpoint is not used, and remove its copy."""
+    console.info(f"{remote.url}/{folder_name(step)}: passed over: {damage}")
+    shutil.rmtree(path)
 
 
 def _copy_files(remote: Remote, step: int, sizes: dict[str, int], run_dir: Path) -> Path:
-    """Copy the files of a checkpoint; see `download_checkpoint`. Returns its folder."""
+    """Copy the files of a checkpoint to its place in a run directory. Returns its folder there.
+
+    Raises:
+        RemoteError: the mirror cannot be read.
+        OSError: a file cannot be written.
+    """
     target = store.checkpoint_path(run_dir, step)
     target.mkdir(parents=True, exist_ok=True)
     for file in (manifest.NAME, *sorted(store.FILES & sizes.keys())):
@@ -188,6 +199,8 @@ def _download_best(
 ) -> int | None:
     """Copy the best checkpoint too, if the mirror has it and it is valid.
 
+    A run goes on without it, so another layout version is no error here.
+
     Returns:
         Its step if it is damaged.
     """
@@ -196,12 +209,13 @@ def _download_best(
     if best_step is None or best_step == step or best_step not in whole_steps(by_step):
         return None
 
-    damage = download_checkpoint(remote, best_step, by_step[best_step], staging)
+    path = _copy_files(remote, best_step, by_step[best_step], staging)
+    damage = store.find_damage(path)
     if damage is None:
         return None
-    console.info(f"{remote.url}/{folder_name(best_step)}: damaged: {damage}; passed over")
-    shutil.rmtree(store.checkpoint_path(staging, best_step))
-    return int(best_step)
+    is_damaged = not store.has_other_layout(path)
+    _pass_over(remote, path, best_step, damage)
+    return int(best_step) if is_damaged else None
 
 
 def _download_records(remote: Remote, step: int, staging: Path) -> None:

@@ -35,6 +35,8 @@ _MEANINGS = {
     "InvalidAccessKeyId": "the server does not know these credentials",
     "SignatureDoesNotMatch": "the server does not accept these credentials",
     "AccessDenied": "no permission",
+    "kind: PermissionDenied": "no permission",
+    "UnableToCanonicalize": "there is no such folder",
     "SlowDown": "the server asks to slow down",
     "MissingAccount": "no credentials in the environment",
     # Without any, a cloud's own machine is asked for them.
@@ -54,6 +56,14 @@ _MEANINGS = {
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS")
 _MIN_SECRET_LENGTH = 6
 _PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")  # of the variables that obstore reads
+
+# Not AWS_USE_FIPS_ENDPOINT and others that switch something on or off.
+_ENDPOINT_NAME = re.compile(r"(AWS|AZURE|GOOGLE)_(?!(\w+_)?USE_)(\w+_)?ENDPOINT(_URL(_\w+)?)?")
+# obstore panics at other characters in the host's name.
+_SERVER_ADDRESS = re.compile(
+    r"https?://([!-.0-~]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d*)?([/?#][!-~]*)?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 class RemoteError(Exception):
@@ -295,11 +305,10 @@ def _require_environment() -> None:
 
 def _is_server_address(value: str) -> bool:
     try:
-        parts = urlsplit(value)
-        parts.port  # noqa: B018 - raises a ValueError if it is none
+        urlsplit(value).port  # noqa: B018 - raises a ValueError if it is none
     except ValueError:
         return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and " " not in value
+    return _SERVER_ADDRESS.fullmatch(value) is not None
 
 
 def _endpoints() -> dict[str, str]:
@@ -307,7 +316,7 @@ def _endpoints() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if "ENDPOINT" in name and name.startswith(_PREFIXES) and value
+        if value and _ENDPOINT_NAME.fullmatch(name)
     }
 
 

@@ -122,16 +122,22 @@ class Uploader:
         deadline = start + seconds
         has_seen_stop = False
         was_reported = False
+
         with self._condition:
             self._is_closing = True
             self._condition.notify_all()  # a failed upload is tried again now
+
             while self._wanted_step is not None and not self._has_ended:
                 now = time.monotonic()
+
+                # Launchers kill a while after the signal, however much time was left before.
                 if is_stopping() and not has_seen_stop:
                     has_seen_stop = True
                     deadline = min(deadline, now + UPLOAD_SECONDS_AT_STOP)
                 if now >= deadline:
                     break
+
+                # Most uploads end at once, and need no line.
                 if now - start > _SECONDS_BEFORE_MESSAGE and not was_reported:
                     was_reported = True
                     console.info(
@@ -140,6 +146,7 @@ class Uploader:
                     )
                 self._condition.wait(0.1)
 
+            # `_wanted_step` does not tell: it is given up if another start has the mirror.
             if self._offered_step is None or self.uploaded_step == self._offered_step:
                 return None
             reason = self._last_error or f"was not done within {time.monotonic() - start:.0f} s"
