@@ -205,5 +205,13 @@ def _describe_position(path: Path) -> tuple[str, str]:
         # Checkpoints of earlier versions do not name it: it was the accuracy on the test images.
         accuracy = best[best.get("metric", "accuracy")]
         return epoch, f"{accuracy:.4f} at step {best['step']}"
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError,
+        ArithmeticError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         return "?", "?"
