@@ -5,6 +5,7 @@
 | `accelerator` | the Accelerator of a rank, and how a rank ends |
 | `communication` | what ranks tell each other: JSON and bytes, the statistics of a step |
 | `meeting` | the protocol by which several parties meet in a store |
+| `job_token` | the secret that the parties of a job share, and who is refused without it |
 | `launcher_rendezvous` | launchers of several hosts meet: `accelerate launch --rdzv_backend lrd` |
 | `rank_rendezvous` | the ranks of a start meet and compare what must be equal |
 | `network` | addresses, interfaces and open ports |

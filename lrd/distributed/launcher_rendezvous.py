@@ -32,15 +32,14 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from lrd import console
 from lrd.distributed import network
+from lrd.distributed.job_token import JobToken, TokenChallenge, refusal_line
 from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
-    JobToken,
     Meeting,
     MissingParties,
-    TokenChallenge,
     agree,
-    describe_refused,
+    count_arrivals,
 )
 from lrd.errors import EXIT_USER_ERROR, UserError, first_line
 
@@ -108,7 +107,7 @@ class LauncherRendezvous(RendezvousHandler):
             try:
                 meeting = self._meet(store, deadline)
                 break
-            except UserError as error:  # it has another token than the main host
+            except UserError as error:  # another token than the main host's, for example
                 _exit_with_error(str(error))
             except TimeoutError as error:
                 reason = f"no machine {error}" if isinstance(error, MissingParties) else str(error)
@@ -138,7 +137,8 @@ class LauncherRendezvous(RendezvousHandler):
         self._store = PrefixStore(
             f"{LAUNCHERS_KEY}/{meeting.name}", self._token.with_token_prefix(store)
         )
-        os.environ[LAUNCHERS_MEETING_VARIABLE] = meeting.name  # the ranks inherit it
+        # The ranks inherit it.
+        os.environ[LAUNCHERS_MEETING_VARIABLE] = f"{self.address}:{self.port} {meeting.name}"
 
         bootstrap = RendezvousStoreInfo(self.address, self.port)
         return RendezvousInfo(self._store, self.machine_rank, self.num_machines, bootstrap)
@@ -156,7 +156,7 @@ class LauncherRendezvous(RendezvousHandler):
         store = PrefixStore(LAUNCHERS_KEY, self._token.with_token_prefix(self._server))
         num_waiting = 0
         for machine, arrivals in enumerate(self._arrivals):
-            if store.add(f"arrivals/{machine}", 0) > arrivals:
+            if count_arrivals(store, machine) > arrivals:
                 num_waiting += 1
         return num_waiting
 
@@ -203,7 +203,7 @@ class LauncherRendezvous(RendezvousHandler):
         Raises:
             TimeoutError: not all come.
             DistError: the store goes away.
-            UserError: the main host has another job token.
+            UserError: see `agree`.
         """
         challenge = TokenChallenge(
             store, "lrd/token/launchers", self._token, self.name, on_refused=self._report_refused
@@ -304,7 +304,7 @@ class LauncherRendezvous(RendezvousHandler):
         return TCPStore(self.address, self.port, is_master=False, wait_for_workers=False)
 
     def _report_refused(self, name: str) -> None:
-        console.error(f"{self.name}: {describe_refused(name)}")
+        console.error(f"{self.name}: {refusal_line(name)}")
 
     def _notice_missing(self, missing: list[int]) -> None:
         machines = ", ".join(map(str, missing))

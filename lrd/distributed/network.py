@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import socket
 import sys
@@ -77,16 +78,20 @@ def listen(address: str, port: int) -> socket.socket:
 def listen_for_hosts(address: str, port: int) -> socket.socket:
     """Listen where other hosts reach this one by `address`.
 
-    On many hosts their own name stands for 127.0.1.1, which no other host can reach. Then this
-    listens at all addresses. `localhost`, and a loopback address that is written out, are taken at
-    their word.
+    A name may stand for several addresses, of which another host may take any. And on many hosts
+    their own name stands for 127.0.1.1, which no other host can reach. In both cases this listens
+    at all addresses. `localhost`, and an address that is written out, are taken at their word.
 
     Raises:
         OSError: see `listen`.
     """
     listener = listen(address, port)
-    is_name = address != "localhost" and not _is_ip_address(address)
-    if not is_name or not ip_address(listener.getsockname()[0]).is_loopback:
+    if address == "localhost" or _is_ip_address(address):
+        return listener
+
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    addresses = {str(target[0]).split("%")[0] for *_, target in found}
+    if len(addresses) == 1 and not ip_address(addresses.pop()).is_loopback:
         return listener
 
     port = listener.getsockname()[1]
@@ -94,6 +99,23 @@ def listen_for_hosts(address: str, port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
+
+
+def describe_listen_error(error: OSError) -> str:
+    """Why `listen` failed, in words."""
+    if error.errno == errno.EADDRINUSE:
+        return "the port is taken"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "it is no address of this host"
+    return first_line(error)
+
+
+def is_own_port(port: int) -> bool:
+    """Whether this process listens at a TCP port."""
+    connections = psutil.Process().net_connections("tcp")
+    return any(
+        entry.status == psutil.CONN_LISTEN and entry.laddr.port == port for entry in connections
+    )
 
 
 def _is_ip_address(text: str) -> bool:
@@ -163,7 +185,11 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 def _remember_exit_status() -> None:
-    """Have `sys.exit` note its status: an exit handler is not told it."""
+    """Have `sys.exit` note its status: an exit handler is not told it.
+
+    Without this, a user's own program that calls `sys.exit(3)` after lrd gave up a call, to a
+    mirror for example, would end with status 0. lrd's own programs end by `exit_at_once`.
+    """
     leave = sys.exit
 
     def note_and_leave(status: Any = None) -> NoReturn:
@@ -174,7 +200,7 @@ def _remember_exit_status() -> None:
 
 
 def _exit_past_abandoned_threads() -> None:
-    """End a launcher that is not lrd's own, before Python's clean-up."""
+    """End a program that is not lrd's own, before Python's clean-up."""
     if not has_abandoned_threads():
         return
 

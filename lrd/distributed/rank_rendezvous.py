@@ -24,17 +24,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lrd import console
 from lrd.distributed import network
+from lrd.distributed.job_token import NO_TOKEN, JobToken, TokenChallenge, refusal_line
 from lrd.distributed.meeting import (
     LAUNCHERS_KEY,
     LAUNCHERS_MEETING_VARIABLE,
-    NO_TOKEN,
-    JobToken,
     Meeting,
     MissingParties,
-    TokenChallenge,
     agree,
     describe_differences,
-    describe_refused,
 )
 from lrd.errors import RunError, UserError, first_line
 
@@ -79,16 +76,23 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
     deadline = time.monotonic() + timeout.total_seconds()
 
     _require_a_launcher(deadline)
-    whole_store, rank, world_size = _open_store(timeout)
+    store_without_prefix, rank, world_size = _open_store(timeout)
     token = JobToken.from_environment()
-    store = token.with_token_prefix(whole_store)
-    _require_the_same_launchers(store, whole_store, token, rank)
+    store = token.with_token_prefix(store_without_prefix)
+    name = f"rank {rank} on {socket.gethostname()}"
+
+    # A rank in another job's store is told so by the challenge of that job's launchers.
+    launchers_challenge = TokenChallenge(store_without_prefix, "lrd/token/launchers", token, name)
+    _require_the_same_launchers(store, launchers_challenge)
 
     facts_text = json.dumps(facts, sort_keys=True)
     store.set(f"lrd/facts/{rank}", facts_text)
 
     # Every rank reads all statements, so a statement has a digest of the facts.
-    ranks = _Ranks(store, rank, world_size, deadline, timeout, token, whole_store)
+    ranks = _Ranks(store, rank, world_size, deadline, timeout, token)
+    challenge = TokenChallenge(
+        store_without_prefix, "lrd/token/ranks", token, name, on_refused=_report_refused
+    )
     meeting = ranks.meet(
         "lrd/ranks",
         {
@@ -97,6 +101,7 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
             "interface_problem": network.check_named_interface(),
             "facts": hashlib.sha256(facts_text.encode()).hexdigest(),
         },
+        challenge,
     )
     hosts = [statement["host"] for statement in meeting.statements]
     names = [f"rank {number} on {host}" for number, host in enumerate(hosts)]
@@ -106,7 +111,7 @@ def meet_ranks(facts: dict[str, Any], timeout: timedelta) -> RankGroup:
 
     # The prefix with which the roll call finds this start's keys in the store itself.
     start = f"lrd/start/{meeting.name}"
-    prefix = f"{token.key_prefix}{start}"
+    prefix = f"{token.key_prefix}/{start}" if token.secret else start
     addresses = [statement["address"] for statement in meeting.statements]
     address = network.set_gloo_interface(addresses, rank)
     if len(set(hosts)) > 1:
@@ -119,16 +124,22 @@ def _open_store(timeout: timedelta) -> tuple[Store, int, int]:
     """The store in which the ranks meet, this process's rank, and the number of ranks.
 
     Raises:
-        RunError: it cannot be reached, or, where rank 0 keeps it, nothing can listen there or
-            another rank did not come.
+        UserError: rank 0 keeps it, and cannot listen there.
+        RunError: it cannot be reached, or, where rank 0 keeps it, another rank did not come.
     """
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     is_keeper = rank == 0 and not _has_launcher_store()
+    rank_name = f"rank {rank} on {socket.gethostname()}"
     try:
         store = _serve(world_size, timeout) if is_keeper else _connect(world_size, timeout)
-    except (DistError, OSError) as error:
-        rank_name = f"rank {rank} on {socket.gethostname()}"
+    except OSError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{rank_name}: cannot listen at {address} (MASTER_ADDR, MASTER_PORT): "
+            f"{network.describe_listen_error(error)}"
+        ) from None
+    except DistError as error:
         reason = first_line(error).split(". ")[0]
         raise RunError(
             f"{rank_name}: the {world_size} ranks did not come together within {timeout}: {reason}"
@@ -155,7 +166,7 @@ def _serve(world_size: int, timeout: timedelta) -> TCPStore:
         listen_fd = network.listen_for_hosts(address, port).detach()
     except OSError as error:
         # An earlier job in this process may keep a store there, which torch then uses again.
-        if error.errno != errno.EADDRINUSE:
+        if error.errno != errno.EADDRINUSE or not network.is_own_port(port):
             raise
     return TCPStore(
         address,
@@ -184,27 +195,22 @@ class _Ranks:
     deadline: float
     timeout: timedelta
     token: JobToken = NO_TOKEN
-    whole_store: Store | None = None  # with the keys of parties that have another token
 
     @property
     def host(self) -> str:
         return socket.gethostname()
 
-    def meet(self, key: str, statement: dict[str, Any]) -> Meeting:
-        """Meet behind a key of the store.
+    def meet(
+        self, key: str, statement: dict[str, Any], challenge: TokenChallenge | None = None
+    ) -> Meeting:
+        """Meet behind a key of the store; see `agree`.
 
         Raises:
             RunError: not all ranks came before the deadline.
-            UserError: rank 0 has another job token.
+            UserError: see `agree`.
         """
         seconds_left = self.deadline - time.monotonic() + _GRACE_SECONDS
         store = PrefixStore(key, self.store)
-        challenge = None
-        if self.whole_store is not None:
-            name = f"rank {self.rank} on {self.host}"
-            challenge = TokenChallenge(
-                self.whole_store, "lrd/token/ranks", self.token, name, _report_refused
-            )
         try:
             return network.call_with_timeout(
                 seconds_left,
@@ -269,22 +275,23 @@ def _require_rank_0(address: str, port: int, deadline: float) -> None:
 
 
 def _report_refused(name: str) -> None:
-    console.error(describe_refused(name))
+    console.error(refusal_line(name))
 
 
-def _require_the_same_launchers(
-    store: Store, whole_store: Store, token: JobToken, rank: int
-) -> None:
+def _require_the_same_launchers(store: Store, challenge: TokenChallenge) -> None:
     """Raise if the store is that of a main host that came back, or of another job.
 
     Ranks that were still starting would wait in it for ranks whose launcher waits for theirs.
-    """
-    meeting_name = os.environ.get(LAUNCHERS_MEETING_VARIABLE)
-    if meeting_name is None:
-        return
 
-    name = f"rank {rank} on {socket.gethostname()}"
-    TokenChallenge(whole_store, "lrd/token/launchers", token, name).require_same_token()
+    Args:
+        store: the part of the ranks' store that parties with their token use.
+        challenge: the launchers'.
+    """
+    address, _, meeting_name = os.environ.get(LAUNCHERS_MEETING_VARIABLE, "").partition(" ")
+    if address != f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}":
+        return  # no launcher of lrd keeps this store; the variable may be of one further out
+
+    challenge.require_same_token()
     if not store.check([f"{LAUNCHERS_KEY}/agreed/{meeting_name}"]):
         raise RunError(
             "the main host was started again while this rank started; "

@@ -114,9 +114,8 @@ class RollCall:
                 _SECONDS_TO_ANSWER + 2 * _SECONDS_TO_CONNECT,
                 lambda: self._call(rank, answer),
             )
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError):
-            # Without the store, or with something in it that no rank has written, the ranks cannot
-            # agree on who reports this, so each of them does.
+        except (RuntimeError, ValueError, OSError):
+            # Without the store the ranks cannot agree on who reports this, so each of them does.
             return RollCallResult(
                 is_reporter=True,
                 text="rank 0 is gone, or the host that kept the ranks' store, "
@@ -152,33 +151,55 @@ class RollCall:
         if store.add(self._key("callers"), 1) > 1:
             return RollCallResult(is_reporter=False, text="")
 
-        ranks = range(dist.get_world_size())
-        keys = [self._key(other) for other in ranks]
+        world_size = dist.get_world_size()
+        answers: dict[int, dict[str, Any]] = {}
+        this_process = _identify_process()
         deadline = time.monotonic() + _SECONDS_TO_ANSWER
-        while time.monotonic() < deadline and not store.check(keys):
-            silent = [other for other in ranks if not store.check([self._key(other)])]
-            if all(self._is_known_to_be_gone(store, other) for other in silent):
-                break
+
+        while True:
+            silent = [other for other in range(world_size) if other not in answers]
+            for other in silent:
+                found = self._read(store, other, {"host": str, "step": int, "where": str})
+                if found is not None:
+                    answers[other] = found
+
+            still_silent = [other for other in silent if other not in answers]
+            if time.monotonic() > deadline or all(
+                self._is_known_to_be_gone(store, other, this_process) for other in still_silent
+            ):
+                return RollCallResult(is_reporter=True, text=_describe_answers(answers, world_size))
             time.sleep(0.05)
 
-        answered = [other for other in ranks if store.check([self._key(other)])]
-        answers = {other: json.loads(store.get(self._key(other))) for other in answered}
-        return RollCallResult(is_reporter=True, text=_describe_answers(answers, len(ranks)))
-
-    def _is_known_to_be_gone(self, store: Any, rank: int) -> bool:
+    def _is_known_to_be_gone(self, store: Any, rank: int, this_process: dict[str, Any]) -> bool:
         """Whether the process of a rank was on this host and is not there any more."""
-        key = self._key(f"process/{rank}")
-        if not store.check([key]):
-            return False
-        process = json.loads(store.get(key))
-        this_process = _identify_process()
-        if process["system"] != this_process["system"] or not process["system"]:
+        process = self._read(store, f"process/{rank}", {"pid": int, "system": str})
+        if process is None or process["system"] != this_process["system"] or not process["system"]:
             return False
         try:
             status = psutil.Process(process["pid"]).status()
-        except psutil.Error:
+        except psutil.NoSuchProcess:
             return True
+        except psutil.Error:
+            return False  # it is there, and another user's
         return bool(status == psutil.STATUS_ZOMBIE)
+
+    def _read(self, store: Any, what: object, types: dict[str, type]) -> dict[str, Any] | None:
+        """Read what a rank has written; None if it has not, or if it is not what ranks write.
+
+        Args:
+            types: the type of each value.
+        """
+        key = self._key(what)
+        if not store.check([key]):
+            return None
+        try:
+            found = json.loads(store.get(key))
+        except (ValueError, RecursionError):
+            return None
+        is_valid = isinstance(found, dict) and all(
+            isinstance(found.get(name), kind) for name, kind in types.items()
+        )
+        return found if is_valid else None
 
     def _key(self, what: object) -> str:
         return f"{self._prefix}/roll_call/{what}"
@@ -191,7 +212,7 @@ def _describe_answers(answers: dict[int, dict[str, Any]], world_size: int) -> st
 
     places = [
         f"rank {rank} on {answer['host']} after step {answer['step']}, in {answer['where']}"
-        for rank, answer in answers.items()
+        for rank, answer in sorted(answers.items())
     ]
     return f"all ranks answered a roll call: {'; '.join(places)}"
 

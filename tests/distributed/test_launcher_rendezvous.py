@@ -36,7 +36,8 @@ def make_launcher(rank: str | None = "0") -> LauncherRendezvous:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher sets these for its ranks; here they must not outlive the test."""
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-    monkeypatch.setenv(LAUNCHERS_MEETING_VARIABLE, "")
+    monkeypatch.setenv(LAUNCHERS_MEETING_VARIABLE, "")  # so that the fixture removes it at the end
+    monkeypatch.delenv(LAUNCHERS_MEETING_VARIABLE)
 
 
 def lose_store(*_: object) -> None:
@@ -118,7 +119,7 @@ def test_a_launcher_with_another_job_token_is_refused_and_both_sides_say_so(
     for rank, token in (("0", "this job's"), ("1", "another job's")):
         monkeypatch.setenv("LRD_JOB_TOKEN", token)
         parameters = RendezvousParameters(
-            "lrd", "127.0.0.1:0", "none", 2, 2, rank=rank, timeout="12"
+            "lrd", "127.0.0.1:0", "none", 2, 2, rank=rank, timeout="5"
         )
         launchers.append(LauncherRendezvous(parameters))
     main_launcher, other_launcher = launchers
@@ -136,10 +137,10 @@ def test_a_launcher_with_another_job_token_is_refused_and_both_sides_say_so(
     main_name, other_name = (f"{host} (machine_rank {number})" for number in range(2))
     own_line, *main_lines = sorted(capsys.readouterr().err.splitlines())
     assert own_line == (
-        f"lrd: LRD_JOB_TOKEN: {other_name} was refused: it has not that of {main_name}"
+        f"lrd: LRD_JOB_TOKEN: {other_name} was refused: its token is not that of {main_name}"
     )
     assert sorted(main_lines, key=len, reverse=True) == [
         f"lrd: {main_name}: refused {other_name}, whose LRD_JOB_TOKEN is missing "
         "or not that of this job",
-        f"lrd: {main_name}: the hosts did not come together within 12 s: no machine 1",
+        f"lrd: {main_name}: the hosts did not come together within 5 s: no machine 1",
     ]

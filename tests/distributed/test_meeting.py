@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from lrd.distributed import meeting
-from lrd.distributed.meeting import NO_TOKEN, JobToken, MissingParties, TokenChallenge
+from lrd.distributed.job_token import NO_TOKEN, JobToken, TokenChallenge
+from lrd.distributed.meeting import MissingParties
 from lrd.errors import UserError
 
 
@@ -46,6 +47,52 @@ def test_an_error_about_missing_parties_always_has_a_number(store: dist.TCPStore
     assert meeting._read_missing(store, "meeting", 1) == [0]
     assert meeting._read_missing(store, "another meeting", 1) == [0]
     assert meeting._read_missing(store, "meeting", 2) == [1]
+
+    for noise in ("", "7", "[" * 100_000, '["1"]', "[1e999]", '{"1": 2}'):
+        store.set("missing/meeting", noise)
+        assert meeting._read_missing(store, "meeting", 2) == [0], noise
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"",
+        b"\xff\0",
+        b"[" * 100_000,
+        b"7",
+        b'["", {}]',
+        b'["", [1]]',
+        b'["", [1, 1e999]]',
+        b'["", [1, "2"]]',
+    ],
+)
+def test_what_is_no_proposal_of_party_0_is_none(noise: bytes) -> None:
+    assert meeting._parse_proposal(b'["", [1, 2]]', 2) == [1, 2]
+    assert meeting._parse_proposal(noise, 2) is None
+
+
+@pytest.mark.parametrize("noise", ["text", "-1", "1" * 30, "1.5"])
+def test_a_count_that_is_none_is_told_in_one_line(store: dist.TCPStore, noise: str) -> None:
+    store.set("arrivals/1", noise)
+    for party in range(2):
+        with pytest.raises(UserError, match="the store's key arrivals/1 is no number"):
+            meeting.agree(store, party, 2, deadline_in(5), {})
+
+
+@pytest.mark.parametrize("noise", ["", "7", '["", 7]', '["", {"another key": 1}]'])
+def test_a_party_that_says_what_lrd_does_not_say_is_not_met(
+    store: dist.TCPStore, noise: str
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        main = pool.submit(meeting.agree, store, 0, 2, deadline_in(1), {"key": 1})
+        store.set("says/1/1", noise)
+        store.add("arrivals/1", 1)
+        while not main.done():
+            if store.check(["proposal"]):
+                name = meeting._name_meeting(store.get("proposal"))
+                store.set(f"agrees/{name}/1", "")
+            time.sleep(0.02)
+        assert isinstance(main.exception(), MissingParties)
 
 
 class LastMomentStore:
@@ -114,7 +161,7 @@ def test_parties_with_one_token_meet_and_the_token_is_in_no_key_and_no_value(
 @pytest.mark.parametrize(
     ("token", "other", "reason"),
     [
-        (TOKEN, OTHER, "it has not that of host0"),
+        (TOKEN, OTHER, "its token is not that of host0"),
         (TOKEN, NO_TOKEN, "it has none, and host0 has one"),
         (NO_TOKEN, TOKEN, "it has one, and host0 has none"),
     ],
@@ -138,7 +185,7 @@ def test_a_party_with_another_token_is_refused_on_both_sides_and_the_job_goes_on
 
 def test_who_sees_all_keys_and_has_no_token_is_not_met(store: dist.TCPStore) -> None:
     """A stranger's client lists the keys, and writes what party 1 would write."""
-    keys = dist.PrefixStore(TOKEN.key_prefix.rstrip("/"), store)
+    keys = dist.PrefixStore(TOKEN.key_prefix, store)
     refused: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         party_0 = pool.submit(meet, store, 0, TOKEN, 1.5, refused)
@@ -147,13 +194,71 @@ def test_who_sees_all_keys_and_has_no_token_is_not_met(store: dist.TCPStore) -> 
             assert isinstance(party.exception(), MissingParties)
 
 
-@pytest.mark.parametrize("noise", [b"", b"\xff\0", b"[" * 100_000, b'["", {}]', b'{"a": 1}', b"7"])
+@pytest.fixture
+def earlier_meeting(store: dist.TCPStore) -> dict[str, str]:
+    """All that two parties with the token wrote when they met: key without prefix -> value."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = [pool.submit(meet, store, party, TOKEN, 5, []) for party in range(2)]
+        for future in pending:
+            future.result()
+
+    prefix = f"{TOKEN.key_prefix}/"
+    keys = [key for key in store.list_keys() if key.startswith(prefix)]
+    return {key.removeprefix(prefix): store.get(key).decode() for key in keys}
+
+
+def make_store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_who_repeats_an_earlier_meeting_does_not_meet_party_1(
+    earlier_meeting: dict[str, str],
+) -> None:
+    store = make_store()
+    keys = TOKEN.with_token_prefix(store)
+    for key, value in earlier_meeting.items():
+        if key != "arrivals/1":  # party 1 comes for the first time, as it did then
+            keys.set(key, value)
+
+    with ThreadPoolExecutor(1) as pool:
+        party_1 = pool.submit(meet, store, 1, TOKEN, 1, [])
+        while not party_1.done():
+            keys.set("says/1/1", earlier_meeting["says/1/1"])
+        assert isinstance(party_1.exception(), MissingParties)
+
+
+def test_who_repeats_an_earlier_meeting_does_not_meet_party_0(
+    earlier_meeting: dict[str, str],
+) -> None:
+    store = make_store()
+    keys = TOKEN.with_token_prefix(store)
+    for key, value in earlier_meeting.items():
+        if key != "arrivals/0":
+            keys.set(key, value)
+
+    with ThreadPoolExecutor(1) as pool:
+        main = pool.submit(meet, store, 0, TOKEN, 1, [])
+        while not main.done():
+            for key in ("proposal", "says/0/1"):
+                keys.set(key, earlier_meeting[key])
+        assert isinstance(main.exception(), MissingParties)
+
+
+NOISE = [b"", b"\xff\0", b"[" * 100_000, b'["", {}]', b'{"a": 1}', b"7"]
+
+
+@pytest.mark.parametrize("noise", NOISE)
 def test_noise_in_the_keys_that_anybody_knows_harms_no_party_with_a_token(
     store: dist.TCPStore, noise: bytes
 ) -> None:
     text = noise.decode("latin-1")
     for key in ("challenge", "challenge/refused/0", "proposal", "arrivals/0", "arrivals/1"):
         store.set(key, text)
+
+    # What a stranger can write who lists the keys, and who changes none that is in use.
+    keys = TOKEN.with_token_prefix(store)
+    for key in ("proposal", "says/0/1", "says/1/1", "missing/x", "agreed/x", "agrees/x/1"):
+        keys.set(key, text)
 
     refused: list[str] = []
     with ThreadPoolExecutor(2) as pool:

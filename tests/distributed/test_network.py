@@ -167,6 +167,19 @@ def test_listening_at_an_address_is_listening_nowhere_else(
         listen("203.0.113.9", 0)
 
 
+def test_a_name_with_several_addresses_listens_at_whichever_another_host_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+        for address in ("10.7.0.1", "10.7.0.2")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
+    monkeypatch.setattr(network, "listen", lambda *_: socket.create_server(("127.0.0.1", 0)))
+    with network.listen_for_hosts("node7", 0) as server:
+        assert ip_address(server.getsockname()[0]).is_unspecified
+
+
 def test_a_name_that_stands_for_a_loopback_address_listens_where_other_hosts_reach_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -143,18 +144,32 @@ def test_if_all_ranks_answer_the_roll_call_reports_where_each_of_them_is(
     assert not caller.call().is_reporter  # one rank reports it
 
 
-@pytest.mark.parametrize("system", ["this one", "another"])
-def test_a_rank_that_is_gone_from_this_host_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, tcp_store: dist.TCPStore, system: str
-) -> None:
-    """A process of another host may have the same number."""
+@pytest.fixture
+def rank_0_of_2(monkeypatch: pytest.MonkeyPatch, tcp_store: dist.TCPStore) -> roll_call.RollCall:
+    """This process is rank 0 of two, and answers behind `a prefix` of the store."""
     monkeypatch.setattr(roll_call.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(roll_call.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(roll_call.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(roll_call, "_SECONDS_TO_ANSWER", 2.0)
-    caller = roll_call.RollCall()
-    caller.start("a prefix")
+    rank = roll_call.RollCall()
+    rank.start("a prefix")
+    return rank
 
+
+@pytest.mark.parametrize("noise", ["7", "[" * 100_000, '{"host": 1}', '{"pid": "x"}', "\xff"])
+def test_what_no_rank_has_written_is_no_answer(
+    rank_0_of_2: roll_call.RollCall, tcp_store: dist.TCPStore, noise: str
+) -> None:
+    for key in ("1", "process/1"):
+        tcp_store.set(f"a prefix/roll_call/{key}", noise)
+    assert rank_0_of_2.call().text == "rank 1 did not answer: gone, stopped or cut off"
+
+
+@pytest.mark.parametrize("system", ["this one", "another"])
+def test_a_rank_that_is_gone_from_this_host_is_not_waited_for(
+    rank_0_of_2: roll_call.RollCall, tcp_store: dist.TCPStore, system: str
+) -> None:
+    """A process of another host may have the same number."""
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     process = roll_call._identify_process() | {"pid": ended.pid}
     if system == "another":
@@ -163,7 +178,7 @@ def test_a_rank_that_is_gone_from_this_host_is_not_waited_for(
     ended.wait()
 
     began = time.monotonic()
-    result = caller.call()
+    result = rank_0_of_2.call()
     assert result.text == "rank 1 did not answer: gone, stopped or cut off"
     assert (time.monotonic() - began > 1.5) == (system == "another")
 
@@ -221,13 +236,24 @@ def test_a_rank_whose_main_host_was_replaced_while_it_started_does_not_wait_ther
 ) -> None:
     launchers = dist.PrefixStore(meeting.LAUNCHERS_KEY, single_rank)
     launchers_meeting = meeting.agree(launchers, 0, 1, time.monotonic() + 5, {})
-    monkeypatch.setenv(meeting.LAUNCHERS_MEETING_VARIABLE, launchers_meeting.name)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    monkeypatch.setenv(meeting.LAUNCHERS_MEETING_VARIABLE, f"{address} {launchers_meeting.name}")
     group = meet_ranks({}, timedelta(minutes=1))
     assert (group.rank, group.world_size) == (0, 1)
 
-    monkeypatch.setenv(meeting.LAUNCHERS_MEETING_VARIABLE, "the meeting in an earlier store")
+    monkeypatch.setenv(meeting.LAUNCHERS_MEETING_VARIABLE, f"{address} earlier")
     with pytest.raises(RunError, match="the main host was started again while this rank started"):
         meet_ranks({}, timedelta(minutes=1))
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("value", ["", "another-host:29500 earlier", "a name without an address"])
+def test_a_rank_does_not_ask_for_launchers_that_met_in_another_store(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """A launcher of another kind may have been started by one of lrd's."""
+    monkeypatch.setenv(meeting.LAUNCHERS_MEETING_VARIABLE, value)
+    assert meet_ranks({}, timedelta(minutes=1)).world_size == 1
 
 
 @pytest.mark.usefixtures("single_rank")

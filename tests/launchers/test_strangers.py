@@ -33,6 +33,8 @@ WELL_KNOWN_KEYS = (
     "lrd/ranks/arrivals/1",
     "lrd/token/ranks",
     "lrd/token/ranks/refused/0",
+    "lrd/token/launchers",
+    "lrd/token/launchers/refused/0",
 )
 
 
@@ -107,6 +109,7 @@ def test_noise_and_strangers_change_nothing(
         ports = [port]
         for child in process.children():
             ports += listening_ports(child)
+        assert len(ports) > 1
         make_noise(ports, number, held)
         write_as_a_stranger(port)
         assert launcher.poll() is None
