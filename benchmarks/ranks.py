@@ -2,10 +2,13 @@
 
     sudo .venv/bin/python benchmarks/ranks.py
     .venv/bin/python benchmarks/ranks.py --local --out benchmarks/results/ranks_one_host.json
+    sudo .venv/bin/python benchmarks/ranks.py --exchange --out benchmarks/results/exchange.json
 
 Compared are one rank, two ranks on a host, and two hosts over links of several speeds. Each rank
 trains the full ResNet-34 on one thread, with 64 digits of 8x8 a step or 32 images of 32x32. So
 efficiency is (images/s of two ranks) / (2 x images/s of one rank).
+
+With --exchange: what it gains to send only the elements that learning rate dropout keeps.
 
 Hosts are network namespaces of this machine (tests/helpers/namespaces.py) and need root; --local
 leaves them out. The ways take turns. The time of a step is the median of the times between its
@@ -57,6 +60,8 @@ class Way:
         ranks: on each host.
         megabits: Mbit/s of each host's link; 0: what the machine gives.
         compression: of the gradients.
+        exchange: which elements are sent, `trainer.gradient_exchange`.
+        keep_prob: of learning rate dropout.
         size: of the images, in pixels a side.
     """
 
@@ -65,11 +70,13 @@ class Way:
     ranks: int
     megabits: int = 0
     compression: str = "none"
+    exchange: str = "all"
+    keep_prob: float = 0.5
     size: int = 8
 
     @property
     def single_rank_name(self) -> str:
-        """The way with one rank with which it is compared."""
+        """The way with one rank with which it is compared, if it is measured."""
         return "1 rank" if self.size == 8 else "1 rank, 32x32"
 
     @property
@@ -90,6 +97,30 @@ WAYS = [
     Way("2 hosts, 250 Mbit/s, bf16", hosts=2, ranks=1, megabits=250, compression="bf16"),
 ]
 
+# What is sent: (name, exchange, compression)
+SENDINGS = [
+    ("all", "all", "none"),
+    ("kept", "kept", "none"),
+    ("all, bf16", "all", "bf16"),
+    ("kept, bf16", "kept", "bf16"),
+]
+EXCHANGE_WAYS = [
+    Way(f"{place}, {name}", hosts, ranks, megabits, compression, exchange)
+    for place, hosts, ranks, megabits in (
+        ("2 ranks, one host", 0, 2, 0),
+        ("2 hosts", 2, 1, 0),
+        ("2 hosts, 1 Gbit/s", 2, 1, 1000),
+        ("2 hosts, 250 Mbit/s", 2, 1, 250),
+    )
+    for name, exchange, compression in SENDINGS
+]
+BYTES_WAYS = [
+    Way(f"{name}, keep_prob {keep_prob}", 2, 1, 0, compression, exchange, keep_prob)
+    for keep_prob in (0.9, 0.5, 0.1)
+    for name, exchange, compression in SENDINGS
+    if exchange == "kept" or keep_prob == 0.5
+]
+
 
 def make_target(way: Way, steps: int) -> list[str]:
     """Build what each rank of a way runs."""
@@ -104,6 +135,8 @@ def make_target(way: Way, steps: int) -> list[str]:
         "trainer.fingerprint_every=0",
         "schedule.name=constant",
         f"trainer.gradient_compression={way.compression}",
+        f"trainer.gradient_exchange={way.exchange}",
+        f"lr_dropout.keep_prob={way.keep_prob}",
         "run_dir=run",
     ]
     if way.size != 8:
@@ -138,6 +171,18 @@ def measure(way: Way, steps: int) -> dict[str, float]:
             return {"seconds": seconds, "sent": main_host.sent_bytes()}
 
 
+def base_name(way: Way, ways: list[Way]) -> str:
+    """What a way's speed is compared with: one rank, or the same hosts sending all elements."""
+    if way not in EXCHANGE_WAYS:
+        return way.single_rank_name
+    return next(
+        other.name
+        for other in ways
+        if (other.hosts, other.megabits) == (way.hosts, way.megabits)
+        and (other.exchange, other.compression) == ("all", "none")
+    )
+
+
 def median_step_seconds(run_dir: Path) -> float:
     records = load_events(run_dir).Scalars("train/loss")
     times = [record.wall_time for record in records][WARM_UP_STEPS:]
@@ -157,10 +202,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--out", type=Path, default=RESULTS / "ranks.json")
     parser.add_argument("--local", action="store_true", help="one host only: needs no root")
+    parser.add_argument("--exchange", action="store_true", help="send kept elements alone, or all")
     arguments = parser.parse_args()
 
-    ways = [way for way in WAYS if not (arguments.local and way.hosts)]
-    ways_on_a_wire = [way for way in ways if way.hosts and not way.megabits]
+    ways = EXCHANGE_WAYS if arguments.exchange else WAYS
+    ways = [way for way in ways if not (arguments.local and way.hosts)]
+    ways_on_a_wire = BYTES_WAYS if arguments.exchange else ways
+    ways_on_a_wire = [way for way in ways_on_a_wire if way.hosts and not way.megabits]
     bytes_a_step = {
         way.name: measure_bytes_a_step(way) for way in track(ways_on_a_wire, "bytes on the wire")
     }
@@ -180,9 +228,10 @@ def report(
     ways: list[Way], rounds: list[dict[str, float]], bytes_a_step: dict[str, float], out: Path
 ) -> None:
     seconds = {way.name: summary([times[way.name] for times in rounds]) for way in ways}
-    efficiency = {
-        way.name: summary([times[way.single_rank_name] / times[way.name] for times in rounds])
-        for way in ways
+    bases = {way.name: base_name(way, ways) for way in ways}
+    ratios = {
+        name: summary([times[base] / times[name] for times in rounds])
+        for name, base in bases.items()
     }
     facts: dict[str, Any] = {
         **circumstances("cpu"),
@@ -192,7 +241,7 @@ def report(
         "sent_bytes_a_step": bytes_a_step,
         "rounds": rounds,
         "seconds": seconds,
-        "efficiency": efficiency,
+        "efficiency" if ways[0] is WAYS[0] else "speed_up": ratios,
     }
     write(out, facts)
 
@@ -200,9 +249,10 @@ def report(
     for way in ways:
         median = seconds[way.name]["median"]
         images_per_second = IMAGES[way.size] * way.world_size / median
-        cells = [f"{median:.3f}", f"{images_per_second:.0f}", spread(efficiency[way.name])]
-        rows.append([way.name, *cells])
-    console.table("", ["", "seconds a step", "images/s", "efficiency, median (min to max)"], rows)
+        cells = [f"{median:.3f}", f"{images_per_second:.0f}", spread(ratios[way.name])]
+        rows.append([way.name, *cells, bases[way.name]])
+    columns = ["", "seconds a step", "images/s", "speed, median (min to max)", "relative to"]
+    console.table("", columns, rows)
 
     for name, sent in bytes_a_step.items():
         console.info(

@@ -8,6 +8,7 @@ The folders, from the ground up:
 | folder | what lives there |
 | --- | --- |
 | `optim/` | learning rate dropout itself: the mask, `LRDropout`, `Magma`, drop-in optimizers |
+| `exchange/` | what the ranks send each other of their gradients |
 | `recipe/` | the typed recipe |
 | `parts/` | what a recipe names: network, optimizer, schedule, loss |
 | `data/` | data sets, and batches as functions of a position |
@@ -34,18 +35,20 @@ import lrd.distributed.signals  # noqa: F401
 
 if TYPE_CHECKING:
     from lrd import optim
+    from lrd.exchange.kept import exchange_kept
     from lrd.inference.loading import load_model
     from lrd.optim import mask
     from lrd.optim.dropout import LRDropout
     from lrd.optim.magma import Magma
 
-__all__ = ["LRDropout", "Magma", "__version__", "load_model", "mask", "optim"]
+__all__ = ["LRDropout", "Magma", "__version__", "exchange_kept", "load_model", "mask", "optim"]
 __version__ = "0.1.0"
 
 # Public name -> its module, and its name in there; None: the module itself.
 _PUBLIC_NAMES: dict[str, tuple[str, str | None]] = {
     "LRDropout": ("lrd.optim.dropout", "LRDropout"),
     "Magma": ("lrd.optim.magma", "Magma"),
+    "exchange_kept": ("lrd.exchange.kept", "exchange_kept"),
     "load_model": ("lrd.inference.loading", "load_model"),
     "mask": ("lrd.optim.mask", None),
     "optim": ("lrd.optim", None),

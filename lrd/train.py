@@ -200,7 +200,7 @@ def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: in
         with progress.pause("checkpoints"):
             save_checkpoint(job)
     elif is_replica_check_due(job):
-        compare_replicas(job.raw_model, job.raw_optimizer, job.step)
+        compare_replicas(job.raw_model, job.raw_optimizer, job.step, job.has_own_momentum)
 
     return stop_signal
 
@@ -232,7 +232,11 @@ def save_checkpoint(job: Job) -> None:
     """Compare the replicas and hand the state after `job.step` steps to the writer.
 
     The writer flushes the event file first: it must hold all that the checkpoint says is done.
+    Where each rank has momentum of its own, training goes on from the mean that is saved, so a run
+    that is resumed from it has the same bits.
     """
+    if job.exchange is not None:
+        job.exchange.average_momentum()
     if job.recipe.trainer.fingerprint_every:
         compare_replicas(job.raw_model, job.raw_optimizer, job.step)
     state = job.train_state()

@@ -17,7 +17,7 @@ PACKAGE = Path(lrd.__file__).parent
 FLOORS = [
     {"errors", "philox", "console", "cores", "files", "generators", "memory", "torchvision_compat"},
     {"optim"},
-    {"recipe"},
+    {"exchange", "recipe"},
     {"data", "distributed", "parts", "tracking"},
     {"checkpoint", "doctor"},
     {"job"},

@@ -13,5 +13,4 @@
 | `replica_check` | whether all ranks hold the same bits |
 | `signals` | signals that ask a run to save and leave |
 | `hardware` | what this host has: cores, bf16 |
-| `gradient_compression` | gradients in bfloat16 on the wire |
 """

@@ -326,7 +326,8 @@ class StepStatistics:
     Attributes:
         losses: the loss of each rank.
         grad_norms: the gradient norm of each rank. It is the norm of the reduced gradient, so the
-            same on all ranks if all is well.
+            same on all ranks if all is well; with `trainer.gradient_exchange: kept`, that of the
+            rank's own gradient.
         accuracies: the accuracy of each rank on its part of the batch.
         stop_signal: a signal that any rank has received; 0: none.
         has_checkpoint_error: whether the main process could not write a checkpoint.

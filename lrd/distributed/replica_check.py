@@ -18,11 +18,16 @@ from lrd.errors import RunError
 from lrd.optim import placement, tensor_bits
 
 
-def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, optimizer: Optimizer, has_own_momentum: bool = False
+) -> dict[str, Any]:
     """A fingerprint of a replica.
 
     BatchNorm's running statistics are not part of it: they differ by design. The CPU waits for the
     GPU once, for all tensors.
+
+    Args:
+        has_own_momentum: whether optimizer state differs by design too, and is not part of it.
 
     Returns:
         The settings of each parameter group as text, and a 64-bit integer for each parameter and
@@ -37,7 +42,7 @@ def fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in {} if has_own_momentum else optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{names[id(parameter)]} ({key})"] = value
@@ -65,8 +70,13 @@ def describe_shards(tensor: Any) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.placements} over {tensor.device_mesh}"
 
 
-def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+def compare_replicas(
+    model: nn.Module, optimizer: Optimizer, step: int, has_own_momentum: bool = False
+) -> None:
     """Stop where the replicas are no longer bit-identical. All ranks must call this.
+
+    Args:
+        has_own_momentum: see `fingerprint`.
 
     Raises:
         RunError: names the ranks in the minority and the first setting or tensor that differs.
@@ -74,7 +84,9 @@ def compare_replicas(model: nn.Module, optimizer: Optimizer, step: int) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
 
-    reports: list[Any] = all_gather_values([describe_rank(), fingerprint(model, optimizer)])
+    reports: list[Any] = all_gather_values(
+        [describe_rank(), fingerprint(model, optimizer, has_own_momentum)]
+    )
     rank_names = [rank_name for rank_name, _ in reports]
     fingerprints = [rank_fingerprint for _, rank_fingerprint in reports]
 

@@ -58,7 +58,7 @@ class NonfiniteGuard:
 
         # What is not finite, and whose part of it on this rank.
         if statistics.has_finite_losses:
-            norm = statistics.grad_norms[rank]
+            norm = next(norm for norm in statistics.grad_norms if not math.isfinite(norm))
             what = f"the gradient's norm is not finite ({norm}), though the losses are:"
             problem = self._find_nonfinite_gradient()
         else:

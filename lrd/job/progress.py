@@ -106,11 +106,12 @@ class Progress:
             return
 
         images_per_second = self._speed.measure(self.num_steps, sum(self._paused.values()))
+        grad_norm_tag = "train/grad_norm" if job.exchange is None else "train/grad_norm_of_rank_0"
         scalars = {
             "train/loss": self._loss,
             "train/accuracy": self._accuracy,
             "train/images_per_second": images_per_second,
-            "train/grad_norm": float(grad_norm),
+            grad_norm_tag: float(grad_norm),
         }
         if job.recipe.trainer.on_nonfinite == "skip":
             scalars["train/skipped"] = job.skipped_steps

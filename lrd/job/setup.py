@@ -30,10 +30,11 @@ from lrd.data.images import Images, Part
 from lrd.data.mixing import build_mixing
 from lrd.distributed import communication, hardware
 from lrd.distributed.accelerator import start_rank
-from lrd.distributed.gradient_compression import bf16_all_reduce_hook
 from lrd.distributed.replica_check import compare_replicas
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError, first_line
+from lrd.exchange.bf16 import bf16_all_reduce_hook
+from lrd.exchange.kept import exchange_kept
 from lrd.generators import preserved_generators
 from lrd.job import sharding
 from lrd.job.buffers import BufferSnapshot
@@ -435,14 +436,29 @@ def wrap_model(job: Job) -> None:
             job.raw_model, job.raw_optimizer
         )
 
-    if trainer.gradient_compression == "bf16" and job.accelerator.num_processes > 1:
-        job.ddp_model.register_comm_hook(None, bf16_all_reduce_hook)  # type: ignore[operator]
+    _choose_exchange(job)
     if trainer.compile:
         # In shards the blocks are compiled one by one, with other image sizes. With these as
         # symbols torch 2.13 fails to compile the backward pass.
         job.raw_model.compile(dynamic=False if job.is_sharded else None)
     if job.accelerator.num_processes > 2 and not job.is_sharded:
         _warm_up_ddp_buckets(job)
+
+
+def _choose_exchange(job: Job) -> None:
+    """Choose what the ranks send each other of their gradients."""
+    trainer = job.recipe.trainer
+    sends_bf16 = trainer.gradient_compression == "bf16"
+    if job.accelerator.num_processes == 1:
+        if trainer.gradient_exchange == "kept":
+            console.info("trainer.gradient_exchange=kept: one rank sends nothing to others")
+        return
+
+    if trainer.gradient_exchange == "kept":
+        wire_dtype = torch.bfloat16 if sends_bf16 else None
+        job.exchange = exchange_kept(job.ddp_model, job.raw_optimizer, wire_dtype)  # type: ignore[arg-type]
+    elif sends_bf16:
+        job.ddp_model.register_comm_hook(None, bf16_all_reduce_hook)  # type: ignore[operator]
 
 
 def _warm_up_ddp_buckets(job: Job) -> None:

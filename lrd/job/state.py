@@ -24,6 +24,7 @@ from lrd.data.batches import TrainingBatches
 from lrd.data.images import Dataset, storage_of_fingerprint
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
+from lrd.exchange.kept import KeptExchange
 from lrd.job import sharding
 from lrd.job.buffers import BufferSnapshot
 from lrd.job.ema import WeightAverage
@@ -65,6 +66,7 @@ class Job:
         recorder: computes the scalars that are recorded; on the main process it is the tracker.
         buffers: the network's buffers as they were before the step that is being taken.
         compute_timer: measures for how long this rank computes in each step.
+        exchange: sends the kept elements of updates alone; None: DDP averages whole gradients.
         weight_average: the moving average of the weights; None if the recipe asks for none.
         run_dir, tracker, writer: on the main process; None elsewhere.
         claim: the right to write to `checkpoint.mirror`, on the main process; None elsewhere.
@@ -102,6 +104,7 @@ class Job:
     compute_timer: ComputeTimer
 
     start_weights_digest: str | None = None
+    exchange: KeptExchange | None = None
     weight_average: WeightAverage | None = None
     run_dir: RunDir | None = None
     tracker: Tracker | None = None
@@ -123,6 +126,11 @@ class Job:
     def is_sharded(self) -> bool:
         """Whether each rank holds only shards of the parameters (`trainer.sharding`)."""
         return sharding.is_sharded(self.raw_model)
+
+    @property
+    def has_own_momentum(self) -> bool:
+        """Whether the momentum is this rank's own (`trainer.gradient_exchange: kept`)."""
+        return self.exchange is not None and not self.exchange.is_averaged
 
     @property
     def is_evaluation_due(self) -> bool:

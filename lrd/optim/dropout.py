@@ -110,6 +110,8 @@ class LRDropout:
     Attributes:
         optimizer: the optimizer; where a wrapper was given, the one inside.
         is_fused: whether the latest step was taken in one pass.
+        exchange: the ``lrd.exchange.kept.KeptExchange`` that provides the updates; None: there is
+            none.
 
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
@@ -160,6 +162,7 @@ class LRDropout:
 
         self.optimizer = optimizer
         self.is_fused = False
+        self.exchange: Any = None
 
         self._params: list[_Param] = []
         self._params_found_for: list[Any] = []  # what `_params` was made from
@@ -270,6 +273,8 @@ class LRDropout:
         self._inner_steps = 0
         self._saved = set()
         self._restore_gradients()  # of an earlier step that failed, if any
+        if self.exchange is not None:
+            self.exchange.after_step()
 
         # All that can be refused is refused here, before anything moves.
         self._check_before_step()
@@ -286,6 +291,8 @@ class LRDropout:
             argument is not None for argument in (*args[1:], *kwargs.values())
         )
         with torch.no_grad():
+            if self.exchange is not None:
+                self.exchange.before_step()
             self._try_step_in_one_pass(has_closure)
             if not self.is_fused:
                 self._prepare_generic_step(has_closure)
@@ -313,6 +320,8 @@ class LRDropout:
 
         self._is_in_step = False
         self._restore_gradients()
+        if self.exchange is not None:
+            self.exchange.after_step()
         self._last_updates = []
         if _is_skipped_by_scaler(optimizer):
             return
@@ -350,6 +359,15 @@ class LRDropout:
         """Warn if the optimizer inside this one steps by itself: no mask is drawn then."""
         if not self._is_in_step and get_lr_dropout(inner) is None:
             warn_of_unseen_steps(self.optimizer)
+
+    def list_params(self) -> list[_Param]:
+        """The parameters that have elements, with the positions of their masks.
+
+        Raises:
+            ValueError: the position of a parameter's elements is not known.
+        """
+        self._find_params(self.optimizer.param_groups)
+        return self._params
 
     def _find_params(self, groups: list[dict[str, Any]]) -> None:
         """List the parameters that have elements.
@@ -644,6 +662,8 @@ class LRDropout:
         self._fill_groups()
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
+        if self.exchange is not None:
+            self.exchange.before_state_dict()
         self._watch.check_for_unseen_steps()
 
     # Copies and pickles

@@ -1238,6 +1238,13 @@ class Trainer(Section):
         "rounded to 8 bits of mantissa ([Scaling](scaling.md) shows what it gains)",
         affects_results=True,
     )
+    gradient_exchange: Literal["all", "kept"] = setting(
+        "all",
+        "`kept`: the ranks send each other only the elements of an update that learning rate "
+        "dropout keeps, `keep_prob` times the bytes; for SGD ([Exchange](exchange.md)); the "
+        "training is the same but for rounding, and a run may change between the two",
+        affects_results=False,
+    )
     sharding: Literal["none", "full"] = setting(
         "none",
         "`full`: each rank holds a shard of the parameters, gradients and optimizer state (FSDP2) "
@@ -1544,6 +1551,34 @@ class Recipe(Section):
                 f"trainer.gradient_compression: is {self.trainer.gradient_compression!r}, "
                 "must be 'none' with trainer.sharding=full: it is done in DDP's all-reduce"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_exchange_of_kept(self) -> Recipe:
+        if self.trainer.gradient_exchange == "all":
+            return self
+
+        dropout = self.lr_dropout
+        reason = ""
+        if dropout is None:
+            reason = "without lr_dropout: there is no mask"
+        elif dropout.kind != "dropout":
+            reason = f"with lr_dropout.kind={dropout.kind}: it needs the whole mean gradient"
+        elif dropout.masks not in (None, "update"):
+            reason = (
+                f"with lr_dropout.masks={dropout.masks}: dropped elements need the mean gradient"
+            )
+        elif self.optimizer.name != "SGD":
+            reason = (
+                f"with optimizer.name={self.optimizer.name}: the mean of the ranks' own momentum "
+                "is that of the mean gradient for SGD alone"
+            )
+        elif self.trainer.clip_norm is not None:
+            reason = "with trainer.clip_norm: no rank has the whole mean gradient"
+        elif self.trainer.sharding == "full":
+            reason = "with trainer.sharding=full: it is done in DDP's all-reduce"
+        if reason:
+            raise ValueError(f"trainer.gradient_exchange: is 'kept', must be 'all' {reason}")
         return self
 
     @property

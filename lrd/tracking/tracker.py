@@ -9,6 +9,7 @@ Tags, by step:
 | `lr_dropout/kept/<group>` | that fraction |
 | `train/loss`, `train/accuracy` | mean loss and accuracy of the global batch, in training |
 | `train/grad_norm` | norm of the gradient before clipping |
+| `train/grad_norm_of_rank_0` | the same of rank 0's own gradient (`gradient_exchange: kept`) |
 | `train/images_per_second` | speed |
 | `ranks/compute_seconds/max`, `.../median` | how long ranks computed in a step, without waiting |
 | `ranks/slowest` | the rank that computed longest |

@@ -100,6 +100,7 @@ NAMES = {
     "schedule.unit": ("steps", "epochs"),
     "trainer.precision": ("fp16", "bfloat16", "16"),
     "trainer.gradient_compression": ("fp16",),
+    "trainer.gradient_exchange": ("none",),
     "trainer.sharding": ("fsdp",),
     "trainer.channels_last": ("yes please",),
     "trainer.device": ("gpu", "cuda:99", "mps"),
@@ -291,6 +292,18 @@ def _combinations() -> list[Input]:
         ("trainer.gradient_compression=bf16", "trainer.sharding=full"): refused(
             "trainer.gradient_compression"
         ),
+        **{
+            ("trainer.gradient_exchange=kept", *others): refused("trainer.gradient_exchange", key)
+            for others, key in (
+                (("lr_dropout=null",), "lr_dropout"),
+                (("lr_dropout.kind=magma",), "lr_dropout.kind"),
+                (("lr_dropout.masks=gradient",), "lr_dropout.masks"),
+                (("optimizer.name=Adam", "optimizer.lr=0.001"), "optimizer.name"),
+                (("trainer.clip_norm=1.0",), "trainer.clip_norm"),
+                (("trainer.sharding=full",), "trainer.sharding"),
+            )
+        },
+        ("trainer.gradient_exchange=kept", "trainer.max_steps=1"): told("sends nothing to others"),
         ("trainer.precision=bf16", "optimizer.lr=1e30"): fails("loss"),
         ("trainer.on_nonfinite=skip", "optimizer.lr=1e30", "trainer.max_steps=3"): told("skipped"),
         ("data.root=''", "data.dataset=imagefolder"): refused("data.root"),

@@ -548,7 +548,7 @@ def test_the_dispatch_does_a_step_of_torchs(cuda_step, name, monkeypatch):
     masked_params = [param for group in masked_optimizer.param_groups for param in group["params"]]
     torch_params = [param for group in torch_optimizer.param_groups for param in group["params"]]
 
-    torch_class = dispatch._torch_class(masked_optimizer)
+    torch_class = dispatch.stock_class(masked_optimizer)
     one_pass_step = dispatch._STEPS[torch_class, "cuda"]
 
     for step in range(3):
@@ -663,7 +663,7 @@ def optimizer_with_many_groups(optimizer_class: Any, **options: Any) -> torch.op
 @torch.no_grad()
 def take_one_pass_step(optimizer: torch.optim.Optimizer) -> None:
     """A step as a CUDA device would do it."""
-    torch_class = dispatch._torch_class(optimizer)
+    torch_class = dispatch.stock_class(optimizer)
     dispatch._STEPS[torch_class, "cuda"](optimizer, dispatch._list_updates(optimizer, torch_class))
 
 

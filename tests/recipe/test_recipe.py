@@ -547,6 +547,18 @@ def test_shards_do_not_affect_the_results_and_exclude_compression(tmp_path):
     assert "trainer.gradient_compression: is 'bf16'" in str(caught.value)
 
 
+def test_the_exchange_of_kept_elements_does_not_affect_the_results_and_needs_sgd(tmp_path):
+    kept = ("lr_dropout.keep_prob=0.5", "trainer.gradient_exchange=kept")
+    settings = load(tmp_path, "", kept[0]).result_settings()
+    assert load(tmp_path, "", *kept).result_settings() == settings
+    with pytest.raises(
+        UserError, match=r"trainer\.gradient_exchange: .* with optimizer\.name=Adam"
+    ):
+        load(tmp_path, "", *kept, "optimizer.name=Adam")
+    with pytest.raises(UserError, match=r"trainer\.gradient_exchange: .* without lr_dropout"):
+        load(tmp_path, "", "lr_dropout=null", kept[1])
+
+
 def test_histograms_of_updates_need_whole_parameters(tmp_path):
     assert load(tmp_path, "", "tracking.histograms_every=10").tracking.histograms_every == 10
     with pytest.raises(UserError, match=r"tracking\.histograms_every: is 10, must be 0 with trai"):

@@ -27,7 +27,7 @@ from lrd import philox
 # What a kernel is called with. All but the two counts are addresses.
 JOB_FIELDS = np.dtype(
     [
-        ("records", "i8"),  # of SGD_FIELDS, ADAM_FIELDS, RESTORE_FIELDS or DRAW_FIELDS
+        ("records", "i8"),  # of SGD_FIELDS or another of the record types below
         ("n_records", "i8"),
         ("chunks", "i8"),  # int64 (n_chunks, 3): record's number, first element, count
         ("n_chunks", "i8"),
@@ -96,13 +96,41 @@ DRAW_FIELDS = np.dtype(
         *_MASK_FIELDS,
     ]
 )
+
+# What a rank sends of its own update in an exchange of kept elements, see `lrd.exchange.packing`.
+_EXCHANGE_FIELDS = [
+    *_MASK_FIELDS,
+    ("is_maximized", "?"),
+    ("weight_decay", "f4"),
+    ("is_first_step", "?"),
+    ("momentum", "f4"),
+    ("one_minus_dampening", "f4"),
+    ("is_nesterov", "?"),
+]
+EXCHANGE_FIELDS = np.dtype(
+    [
+        ("param", "i8"),
+        ("grad", "i8"),  # this rank's own
+        ("momentum_buffer", "i8"),  # of its own gradients; any readable address without momentum
+        ("keep_words", "i8"),  # uint64, one bit for each element, drawn before
+        ("chunk_starts", "i8"),  # int64: where each of the record's chunks begins in `packed`
+        ("packed", "i8"),  # float32: the kept elements of all records
+        *_EXCHANGE_FIELDS,
+    ]
+)
 _JOB = from_dtype(JOB_FIELDS)
 _SGD = from_dtype(SGD_FIELDS)
 _ADAM = from_dtype(ADAM_FIELDS)
 _RESTORE = from_dtype(RESTORE_FIELDS)
 _DRAW = from_dtype(DRAW_FIELDS)
+_EXCHANGE = from_dtype(EXCHANGE_FIELDS)
 
 BLOCK = philox.BLOCK_BITS  # elements that one Philox block decides
+
+# Elements that a thread claims at a time. A chunk that begins where a Philox block does draws no
+# block that another chunk draws too.
+CHUNK = 1 << 16
+assert CHUNK % BLOCK == 0
 
 # Elements whose square roots are taken in one call. With more, the memory is idle for longer.
 _PIECE = 1 << 9
@@ -571,3 +599,108 @@ def draw_kernel(job_address):
                 row.threshold,
                 keep_words[block * 8 : block * 8 + 8],
             )
+
+
+def pack_kernel(job_address):
+    """Write the kept elements of this rank's update one after another: a C function.
+
+    Nothing else is written: the step may still be skipped. Chunks have `CHUNK` elements, see
+    `cpu_step`.
+    """
+    records, chunks, next_chunk, _ = _unpack_job(job_address, _EXCHANGE)
+    kept = np.empty(65, np.float32)  # those of a word; one more is written and not used
+
+    for c in _claim_chunks(next_chunk, len(chunks)):
+        row = records[chunks[c, 0]]
+        start = chunks[c, 1]
+        count = chunks[c, 2]
+
+        params = _floats(row.param, start, count)
+        grads = _floats(row.grad, start, count)
+        buffers = _floats(row.momentum_buffer, start, count)
+        words = carray(_as_pointer(row.keep_words + start // 8, uint64), (count + 63) // 64)
+        first = carray(_as_pointer(row.chunk_starts, int64), start // CHUNK + 1)[start // CHUNK]
+        packed = _as_pointer(row.packed, float32)
+
+        # Into registers, as in `sgd_kernel`.
+        is_maximized = row.is_maximized
+        is_first_step = row.is_first_step
+        is_nesterov = row.is_nesterov
+        momentum = row.momentum
+        one_minus_dampening = row.one_minus_dampening
+        weight_decay = row.weight_decay
+
+        for w in range(len(words)):
+            word = words[w]
+            n_lanes = min(64, count - 64 * w)
+            n_kept = np.uintp(0)
+
+            for lane in range(n_lanes):
+                i = np.uintp(64 * w + lane)
+                grad = -grads[i] if is_maximized else grads[i]
+                if weight_decay != 0:
+                    grad = _fma(weight_decay, params[i], grad)
+
+                update = grad
+                if momentum != 0:
+                    if is_first_step:
+                        buffer = grad
+                    else:
+                        buffer = _fma(one_minus_dampening, grad, buffers[i] * momentum)
+                    update = _fma(momentum, buffer, grad) if is_nesterov else buffer
+
+                # Without a branch, which would be mispredicted half the time
+                kept[n_kept] = update
+                n_kept += np.uintp((word >> uint64(lane)) & uint64(1))
+
+            for k in range(n_kept):
+                packed[first + k] = kept[k]
+            first += n_kept
+
+
+def unpack_kernel(job_address):
+    """Update this rank's momentum, and replace its gradient by the mean update: a C function.
+
+    `packed` has the means of the kept elements; dropped ones become zero. One float more than are
+    kept is read there.
+    """
+    records, chunks, next_chunk, _ = _unpack_job(job_address, _EXCHANGE)
+
+    for c in _claim_chunks(next_chunk, len(chunks)):
+        row = records[chunks[c, 0]]
+        start = chunks[c, 1]
+        count = chunks[c, 2]
+
+        params = _floats(row.param, start, count)
+        grads = _floats(row.grad, start, count)
+        buffers = _floats(row.momentum_buffer, start, count)
+        words = carray(_as_pointer(row.keep_words + start // 8, uint64), (count + 63) // 64)
+        first = carray(_as_pointer(row.chunk_starts, int64), start // CHUNK + 1)[start // CHUNK]
+        packed = _as_pointer(row.packed, float32)
+
+        # Into registers, as in `sgd_kernel`.
+        is_maximized = row.is_maximized
+        is_first_step = row.is_first_step
+        momentum = row.momentum
+        one_minus_dampening = row.one_minus_dampening
+        weight_decay = row.weight_decay
+
+        if momentum != 0:
+            for k in range(count):
+                i = np.uintp(k)
+                grad = -grads[i] if is_maximized else grads[i]
+                if weight_decay != 0:
+                    grad = _fma(weight_decay, params[i], grad)
+                if is_first_step:
+                    buffers[i] = grad
+                else:
+                    buffers[i] = _fma(one_minus_dampening, grad, buffers[i] * momentum)
+
+        for w in range(len(words)):
+            word = words[w]
+            n_lanes = min(64, count - 64 * w)
+            for lane in range(n_lanes):
+                is_kept = (word >> uint64(lane)) & uint64(1)
+                mean = packed[first]
+                grads[np.uintp(64 * w + lane)] = mean if is_kept else float32(0)
+                first += is_kept

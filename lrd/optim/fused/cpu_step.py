@@ -25,22 +25,20 @@ from numpy.typing import NDArray
 
 from lrd.optim.fused.cpu_kernels import (
     ADAM_FIELDS,
-    BLOCK,
+    CHUNK,
     DRAW_FIELDS,
+    EXCHANGE_FIELDS,
     JOB_FIELDS,
     RESTORE_FIELDS,
     SGD_FIELDS,
     adam_kernel,
     draw_kernel,
+    pack_kernel,
     restore_kernel,
     sgd_kernel,
+    unpack_kernel,
 )
 from lrd.optim.placement import Placement
-
-# Elements that a thread claims at a time. A chunk that begins where a Philox block does draws no
-# block that another chunk draws too.
-_CHUNK = 1 << 16
-assert _CHUNK % BLOCK == 0
 
 _pids_with_threads: set[int] = set()  # this process and those it was forked from
 
@@ -66,6 +64,11 @@ RESTORE = Kernel(restore_kernel, RESTORE_FIELDS, ("new", "old"))
 
 # Masks are drawn into memory, one bit an element.
 DRAW = Kernel(draw_kernel, DRAW_FIELDS, ("keep_words",))
+
+# The kept elements of a rank's own update are packed to be sent, and their means are unpacked.
+_EXCHANGE_ADDRESSES = ("param", "grad", "momentum_buffer", "keep_words", "chunk_starts", "packed")
+PACK = Kernel(pack_kernel, EXCHANGE_FIELDS, _EXCHANGE_ADDRESSES)
+UNPACK = Kernel(unpack_kernel, EXCHANGE_FIELDS, _EXCHANGE_ADDRESSES)
 
 # A tensor as a table knows it: the parameter's index, as in the position of its masks; the number
 # of elements, which are contiguous in memory; where they lie in the whole parameter (None: they are
@@ -140,7 +143,7 @@ class Table:
 
         self._chunks = _split_into_chunks(numels)  # int64 (n_chunks, 3)
         self._next_chunk = np.zeros(1, np.int64)  # the kernels claim chunks by counting this up
-        self._max_threads = 1 + int(numels.sum()) // _CHUNK
+        self._max_threads = 1 + int(numels.sum()) // CHUNK
         self._job = self._make_job()
         self._job_address = self._job.ctypes.data
 
@@ -330,11 +333,11 @@ def _split_into_chunks(numels: NDArray[np.int64]) -> NDArray[np.int64]:
     Returns:
         int64 (n_chunks, 3): the record's number, the first element, how many elements.
     """
-    n_chunks = -(-numels // _CHUNK)  # of each record
+    n_chunks = -(-numels // CHUNK)  # of each record
     records = np.repeat(np.arange(len(numels)), n_chunks)
     first_chunks = np.cumsum(n_chunks) - n_chunks
-    starts = (np.arange(len(records)) - first_chunks[records]) * _CHUNK
-    counts = np.minimum(_CHUNK, numels[records] - starts)
+    starts = (np.arange(len(records)) - first_chunks[records]) * CHUNK
+    counts = np.minimum(CHUNK, numels[records] - starts)
 
     chunks = np.stack([records, starts, counts], axis=1).astype(np.int64)
     return np.ascontiguousarray(chunks[np.argsort(-counts, kind="stable")])

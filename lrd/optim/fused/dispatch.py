@@ -95,7 +95,7 @@ def find_updates(optimizer: Optimizer, params: Iterable[Any] | None = None) -> l
     if not _has_mask(optimizer.param_groups):
         return []
 
-    torch_class = _torch_class(optimizer)
+    torch_class = stock_class(optimizer)
     if torch_class is None or _is_scaled(optimizer):
         return []
 
@@ -193,7 +193,7 @@ def _list_params(groups: Sequence[dict[str, Any]]) -> list[_Param]:
     return params
 
 
-def _torch_class(optimizer: Optimizer) -> Any:
+def stock_class(optimizer: Optimizer) -> Any:
     """torch.optim.SGD or torch.optim.Adam, if the optimizer's step is that class's; else None."""
     optimizer_class: Any = type(optimizer)
     return _torch_class_of(optimizer_class.step, getattr(optimizer_class, "_init_group", None))
@@ -212,7 +212,7 @@ def _torch_class_of(step: Any, init_group: Any) -> Any:
 
 def calls_closure_first(optimizer: Optimizer) -> bool:
     """Whether the optimizer's step calls its closure once, before anything else."""
-    return _torch_class(optimizer) is not None
+    return stock_class(optimizer) is not None
 
 
 def _is_scaled(optimizer: Optimizer) -> bool:
@@ -455,7 +455,7 @@ def step_in_one_pass(optimizer: Optimizer, updates: list[Update]) -> None:
         updates: what `find_updates` has just returned, not empty.
     """
     device = updates[0].tensor.device
-    _STEPS[_torch_class(optimizer), device.type](optimizer, updates)
+    _STEPS[stock_class(optimizer), device.type](optimizer, updates)
 
     # The kernels write through addresses. Without this, autograd would not notice a change of
     # tensors that a backward pass needs. States that are new cannot be part of any.

@@ -150,7 +150,7 @@ def _draw_masks_on(device: torch.device, items: Sequence[MaskedTensor]) -> list[
 
     numels = [draw.numel for draw in draws]
     is_compiled = loading.is_due("cpu", numels, loading.user_choice()) and matches_masks()
-    fill_keep_words = _draw_compiled if is_compiled else None
+    fill_keep_words = draw_compiled if is_compiled else None
     drawn = mask.draw_many(draws, device, fill_keep_words)
 
     return [
@@ -254,7 +254,7 @@ def _restore_compiled(items: Sequence[MaskedTensor]) -> None:
     for element_size, same_size in by_element_size.items():
         parts = tuple((item.index, item.new.numel(), item.placement) for item in same_size)
         groups = [item.group for item in same_size]
-        ranges = _ranges_of_equal([id(group) for group in groups])
+        ranges = ranges_of_equal([id(group) for group in groups])
 
         table = _restore_table(threading.get_ident(), element_size, parts, ranges)
         for number, (first, _) in enumerate(ranges):
@@ -283,7 +283,7 @@ def _restore_table(_thread: int, element_size: int, parts: Any, ranges: Any) -> 
     return kernels.Table(kernels.RESTORE, parts, ranges, element_size)
 
 
-def _draw_compiled(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) -> None:
+def draw_compiled(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) -> None:
     """Draw masks with the kernel; see `mask.fill_keep_words`."""
     kernels = loading.load_kernels("cpu")
     parts = []
@@ -298,7 +298,7 @@ def _draw_compiled(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) -> N
         address += numel // 8
 
     settings = [(blocks.limit, blocks.seed, blocks.step) for blocks in all_blocks]
-    ranges = _ranges_of_equal(settings)
+    ranges = ranges_of_equal(settings)
 
     table = kernels.Table(kernels.DRAW, parts, ranges)
     for number, (first, _) in enumerate(ranges):
@@ -310,7 +310,7 @@ def _draw_compiled(all_blocks: Sequence[Blocks], words: NDArray[np.uint64]) -> N
         words.byteswap(inplace=True)
 
 
-def _ranges_of_equal(values: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+def ranges_of_equal(values: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     """The ranges of consecutive equal values: (number of the first, that after the last)."""
     firsts = [
         number for number, value in enumerate(values) if number == 0 or value != values[number - 1]
@@ -362,7 +362,7 @@ def _do_kernels_match() -> bool:
 
     draws = [Draw(1400, 1 << 63, 3, number, 0.625) for number in range(4)]
     whole_masks = mask.draw_many(draws)
-    drawn_compiled = mask.draw_many(draws, fill_keep_words=_draw_compiled)
+    drawn_compiled = mask.draw_many(draws, fill_keep_words=draw_compiled)
     _restore_compiled(items)
 
     for item in items:
