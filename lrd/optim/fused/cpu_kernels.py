@@ -608,7 +608,8 @@ def pack_kernel(job_address):
     `cpu_step`.
     """
     records, chunks, next_chunk, _ = _unpack_job(job_address, _EXCHANGE)
-    kept = np.empty(65, np.float32)  # those of a word; one more is written and not used
+    updates = np.empty(64, np.float32)  # of a word's elements
+    kept = np.empty(65, np.float32)  # those that are kept; one more is written and not used
 
     for c in _claim_chunks(next_chunk, len(chunks)):
         row = records[chunks[c, 0]]
@@ -633,7 +634,6 @@ def pack_kernel(job_address):
         for w in range(len(words)):
             word = words[w]
             n_lanes = min(64, count - 64 * w)
-            n_kept = np.uintp(0)
 
             for lane in range(n_lanes):
                 i = np.uintp(64 * w + lane)
@@ -648,9 +648,13 @@ def pack_kernel(job_address):
                     else:
                         buffer = _fma(one_minus_dampening, grad, buffers[i] * momentum)
                     update = _fma(momentum, buffer, grad) if is_nesterov else buffer
+                updates[lane] = update
 
-                # Without a branch, which would be mispredicted half the time
-                kept[n_kept] = update
+            # Without a branch, which would be mispredicted half the time. Not in `packed`: beyond
+            # the last element another thread writes.
+            n_kept = np.uintp(0)
+            for lane in range(n_lanes):
+                kept[n_kept] = updates[lane]
                 n_kept += np.uintp((word >> uint64(lane)) & uint64(1))
 
             for k in range(n_kept):
