@@ -78,30 +78,46 @@ def pack(parts: Sequence[Part], tables: dict[Any, Any]) -> Packed:
 
 
 class _PlainPacked(Packed):
+    """On a GPU the CPU never waits for the device here: how many elements are kept it knows."""
+
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         updates = [_update_of(part) for part in parts]
         self._buffers = [buffer for _, buffer in updates]
+        flat = torch.cat([update.reshape(-1) for update, _ in updates])  # float (numel,)
 
-        drawn = restore.draw_masks(
-            [restore.MaskedTensor(part.index, part.group, part.gradient) for part in parts]
-        )
-        self._masks = [  # bool, of each parameter's shape
-            keep.expand(part.param.shape) for keep, part in zip(drawn, parts, strict=True)
-        ]
-        kept = [update[keep] for (update, _), keep in zip(updates, self._masks, strict=True)]
-        self._sizes = [len(values) for values in kept]
-        self.values = torch.cat(kept)
+        keep = _draw_keep(parts)  # bool (numel,), on the CPU
+        num_kept = int(keep.sum())
+        keep = keep.to(flat.device, non_blocking=True)
+
+        # Where each element goes, int64 (numel,). All that are dropped go to one place beyond.
+        self._places = torch.where(keep, keep.cumsum(0) - 1, num_kept)
+        self.values = flat.new_empty(num_kept + 1).scatter_(0, self._places, flat)[:-1]
 
     def unpack(self, means: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        means_by_part = torch.split(means.to(self.values.dtype), self._sizes)
-        for gradient, keep, values in zip(gradients, self._masks, means_by_part, strict=True):
+        zero = self.values.new_zeros(1)
+        mean_updates = torch.cat([means.to(self.values.dtype), zero])[self._places]
+        sizes = [part.param.numel() for part in self._parts]
+        for gradient, update in zip(gradients, torch.split(mean_updates, sizes), strict=True):
             if gradient is not None:
-                gradient.zero_().masked_scatter_(keep, values)
+                gradient.copy_(update.view(gradient.shape))
         return [
             part.momentum_buffer if gradient is None else buffer
             for part, gradient, buffer in zip(self._parts, gradients, self._buffers, strict=True)
         ]
+
+
+def _draw_keep(parts: Sequence[Part]) -> Tensor:
+    """Whether each element of the parameters is kept, bool (numel,), on the CPU."""
+    shapes = [part.param.shape for part in parts]
+    drawn = restore.draw_masks(
+        [
+            restore.MaskedTensor(part.index, part.group, torch.empty(shape, device="cpu"))
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+    )
+    expanded = [keep.expand(shape) for keep, shape in zip(drawn, shapes, strict=True)]
+    return torch.cat([keep.reshape(-1) for keep in expanded])
 
 
 def _update_of(part: Part) -> tuple[Tensor, Tensor | None]:

@@ -149,6 +149,26 @@ def test_a_parameter_without_a_gradient_keeps_its_momentum(
     assert not torch.equal(new_buffers[1], torch.ones(SHAPES[1]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gpu_packs_and_unpacks_what_a_cpu_does(dtype: torch.dtype) -> None:
+    options = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    results = []
+    for device in ("cpu", "cuda"):
+        buffers: list[Tensor | None] = [None] * len(SHAPES)
+        for step in range(2):
+            parts = make_parts(options, dtype, buffers, step)
+            for part in parts:
+                part.param = part.param.to(device)
+                part.gradient = part.gradient.to(device)
+            packed = pack(parts, {})
+            gradients = [part.gradient for part in parts]
+            buffers = packed.unpack(packed.values * 2, gradients)
+        results.append([packed.values.cpu(), *(gradient.cpu() for gradient in gradients)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("granularity", ["row", "column", "tensor"])
 def test_elements_that_share_a_draw_are_packed_together(granularity: str) -> None:
     (part,) = make_parts({}, torch.float32, [None] * len(SHAPES), step=3)[3:]
