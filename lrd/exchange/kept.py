@@ -9,12 +9,15 @@ momentum and travels when the element is next kept. The derivation is in docs/ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lrd.exchange.packing import Packed, Part, pack
@@ -30,17 +33,34 @@ _SETTINGS_OF_STEP = {
     "nesterov": False,
     "maximize": False,
 }
-_MASK_SETTINGS = ("keep_prob", "mask_seed", "mask_step", "mask_granularity")
+# What an update and its mask are made with.
+_PACKED_SETTINGS = (
+    *_SETTINGS_OF_STEP,
+    "keep_prob",
+    "mask_seed",
+    "mask_step",
+    "mask_granularity",
+    "masks",
+)
 _ELEMENTS_AVERAGED_TOGETHER = 1 << 23
 
 
-class _Sent(NamedTuple):
-    """What was sent for a bucket of DDP."""
+@dataclass
+class _Sent:
+    """What was sent for a bucket of DDP.
+
+    Attributes:
+        parts: the parameters, with their settings and gradients when they were packed.
+        packed: this rank's kept elements.
+        means: the mean over the ranks, once the all-reduce is done. It may be the same memory.
+        gradients: of each parameter, where its gradient was at the end of the backward pass, and
+            its version; None: it has none.
+    """
 
     parts: list[Part]
-    mask_settings: list[tuple[Any, ...]]  # with which each part was packed
     packed: Packed
-    means: Tensor  # the mean over the ranks, once the all-reduce is done
+    means: Tensor
+    gradients: list[tuple[int, int] | None] = field(default_factory=list)
 
 
 def exchange_kept(
@@ -63,8 +83,10 @@ def exchange_kept(
     - call ``exchange.average_momentum()`` on all ranks before ``optimizer.state_dict()``;
     - do not clip or change gradients between the backward pass and the step: what is sent was
       computed from them in the backward pass. A ``GradScaler`` does not work for the same reason.
+      The step raises a RuntimeError where they have changed.
 
-    Call it before the first backward pass; it takes the place of another communication hook.
+    Call it on all ranks, once, before the first backward pass. DDP then takes no other
+    communication hook.
 
     Args:
         ddp_model: has exactly the parameters that the optimizer has.
@@ -73,7 +95,8 @@ def exchange_kept(
             None: their own.
 
     Raises:
-        ValueError: the optimizer or the model cannot be used; says why.
+        ValueError: the optimizer or the model cannot be used, or the ranks draw other masks; says
+            why.
     """
     return KeptExchange(ddp_model, optimizer, wire_dtype)
 
@@ -93,11 +116,13 @@ class KeptExchange:
             )
         self._optimizer: Optimizer = attachment.inside_of_wrapper(optimizer)
         self._dropout = require_support(self._optimizer)
-        _require_same_parameters(ddp_model, self._optimizer)
-
         self._process_group = ddp_model.process_group
         self._wire_dtype = wire_dtype
+        _require_same_parameters(ddp_model, self._optimizer)
+        self._require_same_masks()
+
         self._sent: list[_Sent] = []
+        self._sent_params: set[int] = set()  # by id
         self._tables: dict[int, dict[Any, Any]] = {}  # by bucket
         self._saved_settings: list[dict[str, Any]] = []
         self._is_averaged = True
@@ -128,7 +153,7 @@ class KeptExchange:
                 buffer.copy_(mean.view(buffer.shape))
         self._is_averaged = True
 
-    # Called by DDP and by `LRDropout`
+    # Called by DDP in the backward pass
 
     @torch.no_grad()
     def send(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -136,61 +161,88 @@ class KeptExchange:
 
         Returns:
             The bucket's gradients as they were, once the means are here.
-        """
-        if bucket.index() == 0:
-            self._sent = []  # of a backward pass that no step followed
 
-        parts = self._find_parts(bucket)
+        Raises:
+            RuntimeError: LRDropout was removed from the optimizer.
+            ValueError: the optimizer's settings are no longer such that kept elements can be
+                exchanged.
+        """
+        if get_lr_dropout(self._optimizer) is not self._dropout:
+            raise RuntimeError("exchange_kept: its LRDropout was removed from the optimizer")
+        self.restore_settings()  # after a step that failed
+        require_support(self._optimizer)
+
+        params = bucket.parameters()
+        if any(id(param) in self._sent_params for param in params):
+            self._forget_sent()  # a new backward pass has begun, and no step followed the last one
+        self._sent_params.update(id(param) for param in params)
+
+        parts = self._find_parts(params, bucket.gradients())
         packed = pack(parts, self._tables.setdefault(bucket.index(), {}))
         means = packed.values if self._wire_dtype is None else packed.values.to(self._wire_dtype)
         means.div_(dist.get_world_size(self._process_group))
         work = dist.all_reduce(means, group=self._process_group, async_op=True)
 
-        self._sent.append(_Sent(parts, [_mask_settings(part) for part in parts], packed, means))
+        sent = _Sent(parts, packed, means)
+        self._sent.append(sent)
+        _after_backward(lambda: self._note_gradients(sent))
         reduced: torch.futures.Future[list[Tensor]] = work.get_future()
         return reduced.then(lambda _: bucket.buffer())
 
-    def before_step(self) -> None:
+    def _find_parts(self, params: list[Tensor], gradients: list[Tensor]) -> list[Part]:
+        items = {id(item.param): item for item in self._dropout.list_params()}
+        settings: dict[int, dict[str, Any]] = {}  # by the group's number
+        parts = []
+        for param, gradient in zip(params, gradients, strict=True):
+            item = items.get(id(param))
+            if item is None:  # it has no elements
+                continue
+            number = item.group_number
+            if number not in settings:
+                settings[number] = _packed_settings(self._optimizer.param_groups[number])
+            buffer = self._momentum_buffer(param)
+            parts.append(Part(item.mask_index, param, gradient, buffer, settings[number]))
+        return parts
+
+    def _note_gradients(self, sent: _Sent) -> None:
+        """Note the gradients of a bucket after DDP has written them."""
+        sent.gradients = [_identify(part.param.grad) for part in sent.parts]
+
+    # Called by `LRDropout` around the optimizer's step
+
+    def before_step(self, has_closure: bool) -> None:
         """Update the momentum and put the mean updates in the place of the gradients.
 
-        Raises:
-            RuntimeError: the gradients do not come from a backward pass through the DDP model, or
-                the settings of masks have changed since.
-        """
-        if not self._sent:
-            if any(param.grad is not None for param in self._parameters()):
-                raise RuntimeError(
-                    "exchange_kept: there was no backward pass through the DDP model outside of "
-                    "no_sync() since the last step"
-                )
-            return
-        for sent in self._sent:
-            if [_mask_settings(part) for part in sent.parts] != sent.mask_settings:
-                raise RuntimeError(
-                    "exchange_kept: settings of masks have changed between the backward pass and "
-                    "the step; change them after a step"
-                )
+        Args:
+            has_closure: whether the step may compute other gradients.
 
+        Raises:
+            RuntimeError: the gradients or the settings are not those of the last backward pass
+                through the DDP model.
+        """
+        if has_closure:
+            raise RuntimeError("exchange_kept does not work with a step that calls a closure")
+        self._require_sent_gradients()
+        self._require_sent_settings()
+
+        self._is_averaged = False
         for sent in self._sent:
             gradients = [part.param.grad for part in sent.parts]
             buffers = sent.packed.unpack(sent.means, gradients)
             for part, buffer in zip(sent.parts, buffers, strict=True):
                 if buffer is not None and buffer is not part.momentum_buffer:
                     self._optimizer.state[part.param]["momentum_buffer"] = buffer
-        self._sent = []
-        self._is_averaged = False
+        self._forget_sent()
 
-        self._saved_settings = [
-            {key: group[key] for key in _SETTINGS_OF_STEP} for group in self._optimizer.param_groups
-        ]
-        for group in self._optimizer.param_groups:
+        groups = self._optimizer.param_groups
+        self._saved_settings = [{key: group[key] for key in _SETTINGS_OF_STEP} for group in groups]
+        for group in groups:
             group.update(_SETTINGS_OF_STEP)
 
-    def after_step(self) -> None:
-        """Give the groups their settings back, also after a step that failed."""
-        for group, settings in zip(
-            self._optimizer.param_groups, self._saved_settings, strict=False
-        ):
+    def restore_settings(self) -> None:
+        """Give the groups their settings back after a step, also after one that failed."""
+        groups = self._optimizer.param_groups
+        for group, settings in zip(groups, self._saved_settings, strict=False):
             group.update(settings)
         self._saved_settings = []
 
@@ -200,34 +252,75 @@ class KeptExchange:
         Raises:
             RuntimeError: `average_momentum` was not called since the last step.
         """
-        self.after_step()
+        self.restore_settings()
         if not self.is_averaged:
             raise RuntimeError(
                 "the momentum buffers are those of this rank alone: "
                 "call average_momentum() of what exchange_kept has returned first, on all ranks"
             )
 
-    def _find_parts(self, bucket: Any) -> list[Part]:
-        items = {
-            id(item.param): item for item in self._dropout.list_params() if item.param.requires_grad
+    def _require_sent_gradients(self) -> None:
+        """Raise if a gradient is not the one that was sent."""
+        sent_gradients = {
+            id(part.param): gradient
+            for sent in self._sent
+            for part, gradient in zip(sent.parts, sent.gradients, strict=True)
         }
-        parts = []
-        for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            item = items.get(id(param))
-            if item is None:  # it has no elements
-                continue
-            group = self._optimizer.param_groups[item.group_number]
-            buffer = self._optimizer.state.get(param, {}).get("momentum_buffer")
-            parts.append(Part(item.mask_index, param, gradient, buffer, group))
-        return parts
+        for item in self._dropout.list_params():
+            gradient = _identify(item.param.grad)
+            if gradient is not None and gradient != sent_gradients.get(id(item.param)):
+                raise RuntimeError(
+                    "exchange_kept: a gradient is not that of the last backward pass through the "
+                    "DDP model outside of no_sync(): it was computed otherwise, or changed since"
+                )
+
+    def _require_sent_settings(self) -> None:
+        """Raise if updates were packed with other settings or momentum than the optimizer has."""
+        groups = self._optimizer.param_groups
+        numbers = {id(item.param): item.group_number for item in self._dropout.list_params()}
+        for sent in self._sent:
+            for part in sent.parts:
+                is_same = _packed_settings(groups[numbers[id(part.param)]]) == part.group
+                if not is_same or self._momentum_buffer(part.param) is not part.momentum_buffer:
+                    raise RuntimeError(
+                        "exchange_kept: settings or state of the optimizer have changed between "
+                        "the backward pass and the step; change them after a step"
+                    )
+
+    def _forget_sent(self) -> None:
+        self._sent = []
+        self._sent_params = set()
+
+    def _require_same_masks(self) -> None:
+        """Raise on all ranks if they would keep other elements: the messages would not fit."""
+        facts = repr(
+            [
+                (item.mask_index, tuple(item.param.shape), _packed_settings(group))
+                for item in self._dropout.list_params()
+                for group in [self._optimizer.param_groups[item.group_number]]
+            ]
+        )
+        digest = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "big")
+        device = next(self._parameters()).device
+        digests = torch.tensor([digest, -digest], device=device)
+        dist.all_reduce(digests, op=dist.ReduceOp.MAX, group=self._process_group)
+        if int(digests[0]) != -int(digests[1]):
+            raise ValueError(
+                "exchange_kept needs the same parameters, groups and LRDropout settings "
+                "on all ranks, and they differ"
+            )
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self._optimizer.param_groups:
             yield from group["params"]
 
+    def _momentum_buffer(self, param: Tensor) -> Tensor | None:
+        buffer: Tensor | None = self._optimizer.state.get(param, {}).get("momentum_buffer")
+        return buffer
+
     def _momentum_buffers(self) -> Iterator[Tensor]:
         for param in self._parameters():
-            buffer = self._optimizer.state.get(param, {}).get("momentum_buffer")
+            buffer = self._momentum_buffer(param)
             if buffer is not None:
                 yield buffer
 
@@ -284,9 +377,27 @@ def _require_same_parameters(ddp_model: nn.Module, optimizer: Optimizer) -> None
         )
 
 
-def _mask_settings(part: Part) -> tuple[Any, ...]:
-    settings = [part.group[key] for key in _MASK_SETTINGS]
-    return tuple(int(value) if isinstance(value, Tensor) else value for value in settings)
+def _packed_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what an update is packed with; numbers where the group has tensors."""
+    settings = {key: group[key] for key in _PACKED_SETTINGS}
+    return {
+        key: value.item() if isinstance(value, Tensor) else value for key, value in settings.items()
+    }
+
+
+def _identify(gradient: Tensor | None) -> tuple[int, int] | None:
+    """Where a gradient is and how often it was written; None: there is none."""
+    return None if gradient is None else (gradient.data_ptr(), gradient._version)
+
+
+def _after_backward(action: Callable[[], None]) -> None:
+    """Call something at the end of the backward pass, after DDP has written the gradients.
+
+    Callbacks run in the order in which they were queued. DDP queues its own after its hooks have
+    returned, so this one queues another.
+    """
+    engine = Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(action))
 
 
 def _batches(buffers: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -33,7 +33,7 @@ class Part:
     param: Tensor
     gradient: Tensor  # this rank's own, of the parameter's shape
     momentum_buffer: Tensor | None  # of this rank's own gradients; None: there is none yet
-    group: dict[str, Any]  # of an SGD, with the settings of `LRDropout`
+    group: dict[str, Any]  # settings of an SGD's group and of its masks: a copy, parts share it
 
 
 class Packed:
@@ -226,7 +226,7 @@ class _CompiledPacked(Packed):
         self._chunk_starts = stops - kept_in_chunk  # int64 (n_chunks,)
 
         # The kernel that unpacks reads one more.
-        self._memory = torch.empty(int(stops[-1]) + 1)
+        self._memory = torch.empty(int(stops[-1]) + 1, dtype=torch.float32, device="cpu")
         self.values = self._memory[:-1]
         self._run(self._tables.pack, [part.gradient for part in parts], self._memory)
 

@@ -74,7 +74,7 @@ class NonfiniteGuard:
         ]
         if named:
             origin = f"on {', '.join(named)}"
-        elif len(reports) == 1:
+        elif len(reports) == 1 or self._job.exchange is not None:
             origin = "every element of the gradient is finite, its norm is too large"
         else:
             origin = "each rank's own gradient is finite, their sum is too large"

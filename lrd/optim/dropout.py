@@ -274,7 +274,7 @@ class LRDropout:
         self._saved = set()
         self._restore_gradients()  # of an earlier step that failed, if any
         if self.exchange is not None:
-            self.exchange.after_step()
+            self.exchange.restore_settings()
 
         # All that can be refused is refused here, before anything moves.
         self._check_before_step()
@@ -292,7 +292,7 @@ class LRDropout:
         )
         with torch.no_grad():
             if self.exchange is not None:
-                self.exchange.before_step()
+                self.exchange.before_step(has_closure)
             self._try_step_in_one_pass(has_closure)
             if not self.is_fused:
                 self._prepare_generic_step(has_closure)
@@ -321,7 +321,7 @@ class LRDropout:
         self._is_in_step = False
         self._restore_gradients()
         if self.exchange is not None:
-            self.exchange.after_step()
+            self.exchange.restore_settings()
         self._last_updates = []
         if _is_skipped_by_scaler(optimizer):
             return
@@ -670,6 +670,8 @@ class LRDropout:
 
     def _reduce_optimizer(self, _protocol: object) -> tuple[Any, ...]:
         """The optimizer's ``__reduce_ex__``: how a copy or a pickle of it is made again."""
+        if self.exchange is not None:
+            self.exchange.before_state_dict()
         arguments = (
             type(self),
             self._arguments(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lrd
+from lrd.optim.dropout import get_lr_dropout
 from tests.helpers.launching import ROOT, command, launch
 
 CASES: list[dict[str, Any]] = [
@@ -23,6 +25,10 @@ CASES: list[dict[str, Any]] = [
     {"options": {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "maximize": True}},
     {"options": {"lr": 0.05, "momentum": 0.9}, "micro_steps": 2},
     {"options": {"lr": 0.05, "momentum": 0.9}, "keep_probs": (0.2, 1.0)},
+    {"options": {"lr": 0.05, "momentum": 0.9}, "mask": {"rescale": True}},
+    {"options": {"lr": 0.05, "momentum": 0.9}, "mask": {"granularity": "row"}},
+    {"options": {"lr": 0.05, "momentum": 0.9}, "ddp": {"gradient_as_bucket_view": True}},
+    {"options": {"lr": 0.05, "momentum": 0.9}, "ddp": {"find_unused_parameters": True}},
 ]
 
 
@@ -44,6 +50,7 @@ def test_the_training_is_that_of_dense_learning_rate_dropout(ranks: int) -> None
     for case, facts in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
         limit = 1e-12 if case["dtype"] == "float64" else 1e-5
         assert facts["difference"] < limit, (case, facts)
+        assert facts["refuses_other_masks"], case
         assert facts["is_same_on_all_ranks"], case
         if case["options"].get("momentum"):
             assert facts["is_own"], case  # else nothing was saved by sending less
@@ -59,11 +66,13 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make(momentum: float = 0.9) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
+def make(
+    momentum: float = 0.9, **ddp_options: Any
+) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
     lrd.LRDropout(optimizer)
-    return DistributedDataParallel(model), optimizer
+    return DistributedDataParallel(model, **ddp_options), optimizer
 
 
 def backward(model: nn.Module) -> None:
@@ -127,52 +136,222 @@ def test_one_ranks_momentum_is_not_handed_out_as_the_optimizers() -> None:
     optimizer.state_dict()
 
 
+def no_sync(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    with model.no_sync():
+        backward(model)
+
+
+def clip(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    backward(model)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+
+
+def skip_and_compute_locally(
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer
+) -> None:
+    backward(model)
+    optimizer.zero_grad()
+    no_sync(model, optimizer)
+
+
+def accumulate_after(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    backward(model)
+    no_sync(model, optimizer)
+
+
 @pytest.mark.usefixtures("alone")
-def test_a_step_whose_gradients_were_not_exchanged_is_refused() -> None:
-    model, optimizer = make()
+@pytest.mark.parametrize("is_view", [False, True])
+@pytest.mark.parametrize("compute", [no_sync, clip, skip_and_compute_locally, accumulate_after])
+def test_gradients_that_were_not_sent_are_refused_before_anything_moves(
+    compute: Any, is_view: bool
+) -> None:
+    model, optimizer = make(gradient_as_bucket_view=is_view)
     lrd.exchange_kept(model, optimizer)
     optimizer.step()  # there are no gradients
 
-    with model.no_sync():
-        backward(model)
+    compute(model, optimizer)
     before = model.module.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="no backward pass through the DDP model"):
+    with pytest.raises(RuntimeError, match="a gradient is not that of the last backward pass"):
         optimizer.step()
     assert torch.equal(model.module.weight, before)
 
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+    assert not torch.equal(model.module.weight, before)
+
 
 @pytest.mark.usefixtures("alone")
-def test_masks_that_change_between_backward_and_step_are_refused() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_prob": 0.25},
+        {"masks": "gradient"},
+        {"momentum": 0.0},
+        {"weight_decay": 0.1},
+        {"maximize": True},
+    ],
+)
+def test_settings_that_change_between_backward_and_step_are_refused(
+    change: dict[str, Any],
+) -> None:
     model, optimizer = make()
     lrd.exchange_kept(model, optimizer)
-    backward(model)
-    optimizer.param_groups[0]["keep_prob"] = 0.25
-    with pytest.raises(RuntimeError, match="settings of masks have changed"):
-        optimizer.step()
+    (group,) = optimizer.param_groups
+    saved = dict(group)
 
-    optimizer.param_groups[0]["keep_prob"] = 0.5
+    backward(model)
+    before = model.module.weight.detach().clone()
+    group.update(change)
+    with pytest.raises(RuntimeError, match="settings or state of the optimizer have changed"):
+        optimizer.step()
+    assert torch.equal(model.module.weight, before)
+
+    group.update(saved)
     optimizer.step()
 
 
 @pytest.mark.usefixtures("alone")
-def test_settings_of_the_optimizer_outlive_a_step_that_fails(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_state_that_is_loaded_between_backward_and_step_is_refused() -> None:
+    model, optimizer = make()
+    exchange = lrd.exchange_kept(model, optimizer)
+    backward(model)
+    optimizer.step()
+    exchange.average_momentum()
+    state = optimizer.state_dict()
+
+    backward(model)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(RuntimeError, match="settings or state of the optimizer have changed"):
+        optimizer.step()
+
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_no_longer_supported_is_refused_in_the_next_backward_pass() -> None:
     model, optimizer = make()
     lrd.exchange_kept(model, optimizer)
-    backward(model)
+    optimizer.param_groups[0]["masks"] = "gradient"
+    with pytest.raises(ValueError, match="not 'gradient'"):
+        backward(model)
+
+    model, optimizer = make()
+    lrd.exchange_kept(model, optimizer)
+    get_lr_dropout(optimizer).remove()
+    lrd.LRDropout(optimizer)
+    with pytest.raises(RuntimeError, match="its LRDropout was removed"):
+        backward(model)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_closure_that_the_step_would_call_is_refused() -> None:
+    """One that LRDropout calls before the step is as good as a backward pass before it."""
+    model, optimizer = make()
+    lrd.exchange_kept(model, optimizer)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    before = model.module.weight.detach().clone()
+    optimizer.step(closure)
+    assert not torch.equal(model.module.weight, before)
+
+    optimizer.register_step_pre_hook(lambda *_: None)  # the closure is then left to the step
+    with pytest.raises(RuntimeError, match="does not work with a step that calls a closure"):
+        optimizer.step(closure)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:two optimizers step in turn")
+def test_a_step_that_failed_leaves_the_optimizers_settings_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After it there is a backward pass, which packs with them, and then a step."""
+    (model, optimizer), (expected, expected_optimizer) = make(), make()
+    expected.load_state_dict(model.state_dict())
+    lrd.exchange_kept(model, optimizer)
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the kernel has failed")
 
+    backward(model)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["torch.optim.sgd"], "sgd", fail)
         with pytest.raises(RuntimeError, match="the kernel has failed"):
             optimizer.step()
-    optimizer.zero_grad()
+
+    # The step that failed has updated the momentum; stock SGD's buffer after it is the gradient.
+    backward(expected)
+    for parameter in expected.parameters():
+        expected_optimizer.state[parameter]["momentum_buffer"] = parameter.grad.clone()
+
+    for network, stepping in ((model, optimizer), (expected, expected_optimizer)):
+        stepping.zero_grad()
+        backward(network)
+        stepping.step()
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+class TwoDtypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 2)
+        self.second = nn.Linear(2, 2).double()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(inputs).double())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:two optimizers step in turn")
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}])
+def test_buckets_of_several_dtypes_are_sent_in_any_order(options: dict[str, bool]) -> None:
+    networks = [TwoDtypes(), TwoDtypes()]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [
+        torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9) for network in networks
+    ]
+    for optimizer in optimizers:
+        lrd.LRDropout(optimizer)
+    ddp_model = DistributedDataParallel(networks[0], **options)
+    lrd.exchange_kept(ddp_model, optimizers[0])
+
+    for _ in range(3):
+        for network, optimizer in zip((ddp_model, networks[1]), optimizers, strict=True):
+            optimizer.zero_grad()
+            backward(network)
+            optimizer.step()
+    for parameter, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_parameter_that_ddp_leaves_out_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.bias"])
+    optimizer = with_lrd(torch.optim.SGD(model.parameters(), lr=0.1))
+    ddp_model = DistributedDataParallel(model)
+    lrd.exchange_kept(ddp_model, optimizer)
+    backward(ddp_model)
+    with pytest.raises(RuntimeError, match="a gradient is not that of the last backward pass"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_copy_of_an_optimizer_with_one_ranks_momentum_is_refused() -> None:
+    model, optimizer = make()
+    lrd.exchange_kept(model, optimizer)
     backward(model)
     optimizer.step()
-    assert optimizer.param_groups[0]["momentum"] == 0.9
+    with pytest.raises(RuntimeError, match=r"call average_momentum\(\)"):
+        copy.deepcopy(optimizer)
 
 
 @pytest.mark.usefixtures("alone")

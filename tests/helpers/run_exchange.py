@@ -3,7 +3,8 @@
     run_exchange.py CASES
 
 CASES is JSON, a list of objects: `options` of SGD, `keep_probs` of two groups, `dtype`, `steps`,
-and `micro_steps` of each step. Rank 0 prints a JSON list with the results of each case.
+`micro_steps` of each step, further arguments of LRDropout (`mask`) and of DDP (`ddp`). Rank 0
+prints a JSON list with the results of each case.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def make(network: nn.Module, case: dict[str, Any]) -> tuple[Any, torch.optim.Opt
         for number, keep_prob in enumerate(case["keep_probs"])
     ]
     optimizer = torch.optim.SGD(groups, **case["options"])
-    lrd.LRDropout(optimizer, seed=5)
+    lrd.LRDropout(optimizer, seed=5, **case.get("mask", {}))
     # Small buckets, so that there are several.
-    return DistributedDataParallel(network, bucket_cap_mb=0.1), optimizer
+    options = {"bucket_cap_mb": 0.1, **case.get("ddp", {})}
+    return DistributedDataParallel(network, **options), optimizer
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -63,6 +65,18 @@ def is_same_on_all_ranks(tensors: list[Tensor]) -> bool:
     others = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(others, flat)
     return all(torch.equal(other, flat) for other in others)
+
+
+def refuses_other_masks(network: nn.Module) -> bool:
+    """Whether ranks with different seeds are refused."""
+    network = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    lrd.LRDropout(optimizer, seed=dist.get_rank())
+    try:
+        lrd.exchange_kept(DistributedDataParallel(network), optimizer)
+    except ValueError as error:
+        return "on all ranks, and they differ" in str(error)
+    return False
 
 
 def momentum_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -98,6 +112,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     parameters = [parameter.detach() for parameter in kept_model.parameters()]
     expected = [parameter.detach() for parameter in dense_model.parameters()]
     facts = {
+        "refuses_other_masks": refuses_other_masks(network),
         "difference": difference(parameters, expected),
         "is_same_on_all_ranks": is_same_on_all_ranks(parameters),
     }

@@ -609,7 +609,7 @@ def pack_kernel(job_address):
     """
     records, chunks, next_chunk, _ = _unpack_job(job_address, _EXCHANGE)
     updates = np.empty(64, np.float32)  # of a word's elements
-    kept = np.empty(65, np.float32)  # those that are kept; one more is written and not used
+    kept = np.empty(64, np.float32)  # those that are kept
 
     for c in _claim_chunks(next_chunk, len(chunks)):
         row = records[chunks[c, 0]]
