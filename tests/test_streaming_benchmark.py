@@ -76,6 +76,7 @@ def test_the_images_are_made_again_with_the_same_bytes(small_images, images):
     assert kept.stat().st_mtime_ns == made_at
 
 
+@pytest.mark.slow
 def test_the_speeds_are_measured(images, tmp_path):
     out = tmp_path / "speed.json"
     tiny = ["--size", "32", "--rounds", "2", "--batches", "1", "--workers", "1"]

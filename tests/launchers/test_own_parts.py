@@ -49,6 +49,8 @@ def train_command(run_dir: Path) -> list[str]:
     return command(2, ["-m", "lrd.train", "recipe.yaml", f"run_dir={run_dir}"])
 
 
+# Slow, because each part is resumed in tests/parts, and other runs are killed.
+@pytest.mark.slow
 def test_a_killed_run_with_parts_of_the_user_ends_like_one_that_was_not(
     project: Path, tmp_path: Path
 ) -> None:

@@ -371,6 +371,8 @@ def wait_for_end_or(condition: Callable[[], bool], process: subprocess.Popen[str
         time.sleep(0.01)
 
 
+# Slow, because tests/cli/test_launch.py has the signal and the tests above have the workers.
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_too_and_the_step_is_saved(images: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = train_command(images, run_dir, "data.workers=2", "trainer.epochs=50", ranks=1)
