@@ -67,7 +67,7 @@ def test_a_run_may_change_between_the_two_exchanges_and_loses_rounding_alone(
             assert done.returncode == 0, done.stdout + done.stderr
         losses[name] = [value for _, value in read_scalars(run_dir)["train/loss"]]
     assert len(losses["all"]) == 8
-    assert losses["mixed"] == pytest.approx(losses["all"], rel=1e-4)
+    assert losses["mixed"] == pytest.approx(losses["all"], rel=1e-2)
 
 
 def test_one_rank_has_nothing_to_exchange_and_says_so(tmp_path: Path) -> None:
