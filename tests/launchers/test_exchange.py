@@ -26,18 +26,18 @@ KEPT = ("trainer.gradient_exchange=kept", "lr_dropout.keep_prob=0.3", "data.batc
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path, ranks: int) -> None:
     """Once all its processes are killed, once one rank: the others cannot save the state."""
-    overrides = (*STEPS, *KEPT, "trainer.epochs=3")
+    overrides = (*STEPS, *KEPT, f"trainer.epochs={2 if ranks == 2 else 3}")
     undisturbed = launch(train_command(ranks, tmp_path / "undisturbed", *overrides))
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
 
     command = train_command(ranks, tmp_path / "run", *overrides)
     launcher = start(command)
-    wait_for(lambda: 10 in store.list_steps(tmp_path / "run"), launcher)
+    wait_for(lambda: 5 in store.list_steps(tmp_path / "run"), launcher)
     signal_all(launcher, signal.SIGKILL)
     launcher.communicate(timeout=60)
 
     launcher = start(command)
-    wait_for(lambda: 25 in store.list_steps(tmp_path / "run"), launcher)
+    wait_for(lambda: 15 in store.list_steps(tmp_path / "run"), launcher)
     rank_processes(launcher, ranks)[1].kill()
     launcher.communicate(timeout=60)
     assert max(store.list_steps(tmp_path / "run")) % 5 == 0
@@ -55,6 +55,7 @@ def test_a_run_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path, ranks
             assert records[tag] == expected[tag], tag
 
 
+@pytest.mark.slow
 def test_a_run_may_change_between_the_two_exchanges_and_loses_rounding_alone(
     tmp_path: Path,
 ) -> None:
@@ -68,9 +69,3 @@ def test_a_run_may_change_between_the_two_exchanges_and_loses_rounding_alone(
         losses[name] = [value for _, value in read_scalars(run_dir)["train/loss"]]
     assert len(losses["all"]) == 8
     assert losses["mixed"] == pytest.approx(losses["all"], rel=1e-2)
-
-
-def test_one_rank_has_nothing_to_exchange_and_says_so(tmp_path: Path) -> None:
-    done = launch(train_command(1, tmp_path / "run", *KEPT, "trainer.max_steps=2"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "trainer.gradient_exchange=kept: one rank sends nothing to others" in done.stdout

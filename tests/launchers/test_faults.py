@@ -15,7 +15,7 @@ BEFORE_A_RENAME = 13
 def test_killed_runs_end_like_an_undisturbed_run(tmp_path: Path) -> None:
     lab = Lab(tmp_path, seed=1)
     trials = [
-        Trial("one of two ranks", partial(kill_at_random, lab, 2, "rank 1", 1, 0, length=SHORT)),
+        Trial("one rank", partial(kill_at_random, lab, 1, "rank 0", 1, 0, length=SHORT)),
         Trial("in a save", partial(kill_in_save, lab, 1, BEFORE_A_RENAME)),
     ]
     outcomes = [outcome for _, outcome in lab.run(trials)]

@@ -49,8 +49,9 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_like_an_undisturbed_one(
     assert_same_end(tmp_path / "run", undisturbed[ranks])
 
 
-# One rank is slow, because test_faults and test_cli have it too.
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+# Slow, because tests/cli has the signals, and other tests have the resume.
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_after_sigterm_the_run_saves_at_the_next_step_and_ends_with_its_status(
     tmp_path: Path, undisturbed: dict[int, Path], ranks: int
 ) -> None:
