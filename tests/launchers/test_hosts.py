@@ -27,6 +27,7 @@ from tests.helpers.launching import (
     final_state,
     launch,
     sha256,
+    start,
     train_command,
     wait_for,
 )
@@ -123,8 +124,10 @@ def test_twenty_kills_of_one_of_two_hosts_lose_no_step(
     assert steps == sorted(steps)
     assert len(set(steps)) > 10
 
-    done = launch(train_command(2, tmp_path / "undisturbed" / "run", *STEPS, *overrides))
-    assert done.returncode == 0, done.stdout + done.stderr
+    # 1,320 steps, which take longer than `launch` waits.
+    undisturbed = start(train_command(2, tmp_path / "undisturbed" / "run", *STEPS, *overrides))
+    output = undisturbed.communicate(timeout=600)[0]
+    assert undisturbed.returncode == 0, output
     assert_same_final_state(run_dir(two_hosts[0]), tmp_path / "undisturbed" / "run")
     records = read_scalars(run_dir(two_hosts[0]))
     expected_records = read_scalars(tmp_path / "undisturbed" / "run")
