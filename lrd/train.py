@@ -200,7 +200,7 @@ def end_step(job: Job, progress: Progress, signals: StopSignals, stop_signal: in
         with progress.pause("checkpoints"):
             save_checkpoint(job)
     elif is_replica_check_due(job):
-        compare_replicas(job.raw_model, job.raw_optimizer, job.step, job.has_own_momentum)
+        compare_replicas(job.raw_model, job.raw_optimizer, job.step, job.has_local_momentum)
 
     return stop_signal
 

@@ -19,7 +19,7 @@ from lrd.optim import placement, tensor_bits
 
 
 def fingerprint(
-    model: nn.Module, optimizer: Optimizer, has_own_momentum: bool = False
+    model: nn.Module, optimizer: Optimizer, has_local_momentum: bool = False
 ) -> dict[str, Any]:
     """A fingerprint of a replica.
 
@@ -27,7 +27,7 @@ def fingerprint(
     GPU once, for all tensors.
 
     Args:
-        has_own_momentum: whether optimizer state differs by design too, and is not part of it.
+        has_local_momentum: whether optimizer state differs by design too, and is not part of it.
 
     Returns:
         The settings of each parameter group as text, and a 64-bit integer for each parameter and
@@ -42,7 +42,7 @@ def fingerprint(
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for parameter, state in {} if has_own_momentum else optimizer.state.items():
+    for parameter, state in {} if has_local_momentum else optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{names[id(parameter)]} ({key})"] = value
@@ -71,12 +71,12 @@ def describe_shards(tensor: Any) -> str:
 
 
 def compare_replicas(
-    model: nn.Module, optimizer: Optimizer, step: int, has_own_momentum: bool = False
+    model: nn.Module, optimizer: Optimizer, step: int, has_local_momentum: bool = False
 ) -> None:
     """Stop where the replicas are no longer bit-identical. All ranks must call this.
 
     Args:
-        has_own_momentum: see `fingerprint`.
+        has_local_momentum: see `fingerprint`.
 
     Raises:
         RunError: names the ranks in the minority and the first setting or tensor that differs.
@@ -85,7 +85,7 @@ def compare_replicas(
         return
 
     reports: list[Any] = all_gather_values(
-        [describe_rank(), fingerprint(model, optimizer, has_own_momentum)]
+        [describe_rank(), fingerprint(model, optimizer, has_local_momentum)]
     )
     rank_names = [rank_name for rank_name, _ in reports]
     fingerprints = [rank_fingerprint for _, rank_fingerprint in reports]

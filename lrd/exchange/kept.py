@@ -280,7 +280,7 @@ class KeptExchange:
         numbers = {id(item.param): item.group_number for item in self._dropout.list_params()}
         for sent in self._sent:
             for part in sent.parts:
-                is_same = _packed_settings(groups[numbers[id(part.param)]]) == part.group
+                is_same = _packed_settings(groups[numbers[id(part.param)]]) == part.settings
                 if not is_same or self._momentum_buffer(part.param) is not part.momentum_buffer:
                     raise RuntimeError(
                         "exchange_kept: settings or state of the optimizer have changed between "

@@ -33,7 +33,7 @@ class Part:
     param: Tensor
     gradient: Tensor  # this rank's own, of the parameter's shape
     momentum_buffer: Tensor | None  # of this rank's own gradients; None: there is none yet
-    group: dict[str, Any]  # settings of an SGD's group and of its masks: a copy, parts share it
+    settings: dict[str, Any]  # of its group, an SGD's and `LRDropout`'s; a copy that parts share
 
 
 class Packed:
@@ -112,7 +112,7 @@ def _draw_keep(parts: Sequence[Part]) -> Tensor:
     shapes = [part.param.shape for part in parts]
     drawn = restore.draw_masks(
         [
-            restore.MaskedTensor(part.index, part.group, torch.empty(shape, device="cpu"))
+            restore.MaskedTensor(part.index, part.settings, torch.empty(shape, device="cpu"))
             for part, shape in zip(parts, shapes, strict=True)
         ]
     )
@@ -122,7 +122,7 @@ def _draw_keep(parts: Sequence[Part]) -> Tensor:
 
 def _update_of(part: Part) -> tuple[Tensor, Tensor | None]:
     """This rank's own update as torch's SGD computes it, and its momentum buffer afterwards."""
-    group = part.group
+    group = part.settings
     gradient = -part.gradient if group["maximize"] else part.gradient
     if group["weight_decay"] != 0:
         gradient = gradient.add(part.param, alpha=group["weight_decay"])
@@ -145,7 +145,7 @@ def _update_of(part: Part) -> tuple[Tensor, Tensor | None]:
 
 def _can_pack_compiled(part: Part) -> bool:
     """Whether the kernels can pack a parameter: dense, row-major float32 memory on a CPU."""
-    if part.group["mask_granularity"] != "element":
+    if part.settings["mask_granularity"] != "element":
         return False
 
     tensors = [part.param, part.gradient]
@@ -207,14 +207,14 @@ class _CompiledPacked(Packed):
     def __init__(self, parts: Sequence[Part], tables: dict[Any, Any]) -> None:
         self._parts = parts
         shapes = tuple((part.index, part.param.numel()) for part in parts)
-        ranges = restore.ranges_of_equal([id(part.group) for part in parts])
+        ranges = restore.ranges_of_equal([id(part.settings) for part in parts])
         key = (shapes, ranges)
         if key not in tables:
             tables.clear()  # DDP has made other buckets, or groups have changed
             tables[key] = _make_tables(shapes, ranges)
         self._tables: _Tables = tables[key]
         self._numbers = [
-            (_numbers_of(parts[first].group), int(parts[first].group["mask_step"]))
+            (_numbers_of(parts[first].settings), int(parts[first].settings["mask_step"]))
             for first, _ in ranges
         ]
 
@@ -240,7 +240,7 @@ class _CompiledPacked(Packed):
         buffers: list[Tensor | None] = []
         for part, steps in zip(self._parts, is_stepping, strict=True):
             buffer = part.momentum_buffer
-            if part.group["momentum"] == 0:
+            if part.settings["momentum"] == 0:
                 buffer = None
             elif buffer is None:
                 buffer = torch.empty_like(part.param)
@@ -316,7 +316,7 @@ def _draw_words(parts: Sequence[Part], num_words: int) -> NDArray[np.uint64]:
     first = 0
     ranges: list[tuple[int, int]] = []
     for part in parts:
-        group = part.group
+        group = part.settings
         num_blocks = -(-part.param.numel() // philox.BLOCK_BITS)
         ranges.append((first, first + philox.WORDS_PER_BLOCK * num_blocks))
         first = ranges[-1][1]
@@ -350,7 +350,7 @@ def _place_words(
     """Copy the words that were drawn to those of their parameters; others keep everything."""
     first = 0
     for part, (start, stop) in zip(parts, ranges, strict=True):
-        if mask.threshold(part.group["keep_prob"]) < 1 << mask.RESOLUTION_BITS:
+        if mask.threshold(part.settings["keep_prob"]) < 1 << mask.RESOLUTION_BITS:
             words[start:stop] = drawn[first : first + stop - start]
             first += stop - start
 
@@ -417,7 +417,7 @@ class _Trial:
                 param=torch.randn(size, **numbers),
                 gradient=torch.randn(size, **numbers),
                 momentum_buffer=self.buffers[index],
-                group=groups[index % 3 == 1],
+                settings=groups[index % 3 == 1],
             )
             for index, size in enumerate(_TRIAL_SIZES)
         ]

@@ -456,7 +456,10 @@ def _choose_exchange(job: Job) -> None:
 
     if trainer.gradient_exchange == "kept":
         wire_dtype = torch.bfloat16 if sends_bf16 else None
-        job.exchange = exchange_kept(job.ddp_model, job.raw_optimizer, wire_dtype)  # type: ignore[arg-type]
+        try:
+            job.exchange = exchange_kept(job.ddp_model, job.raw_optimizer, wire_dtype)  # type: ignore[arg-type]
+        except ValueError as error:  # a network of the user's own with complex numbers, for example
+            raise UserError(f"trainer.gradient_exchange: {error}") from None
     elif sends_bf16:
         job.ddp_model.register_comm_hook(None, bf16_all_reduce_hook)  # type: ignore[operator]
 

@@ -128,7 +128,7 @@ class Job:
         return sharding.is_sharded(self.raw_model)
 
     @property
-    def has_own_momentum(self) -> bool:
+    def has_local_momentum(self) -> bool:
         """Whether the momentum is this rank's own (`trainer.gradient_exchange: kept`)."""
         return self.exchange is not None and not self.exchange.is_averaged
 

@@ -82,7 +82,7 @@ def reason_to_save_nothing(job: Job) -> str | None:
         return "each rank has a shard of it"
     if job.accelerator.device.type != "cpu":
         return "on a GPU a step may have failed before this is known"
-    if job.has_own_momentum:
+    if job.has_local_momentum:
         return "the momentum of the lost rank's own gradients is lost with it"
     if job.is_updating:
         return "an update has failed in the middle"

@@ -207,18 +207,26 @@ def earlier_meeting(store: dist.TCPStore) -> dict[str, str]:
     return {key.removeprefix(prefix): store.get(key).decode() for key in keys}
 
 
-def make_store() -> dist.TCPStore:
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def store_of_a_stranger(
+    earlier_meeting: dict[str, str], party: int
+) -> tuple[dist.TCPStore, dist.Store]:
+    """A new store with all that was written then, to which a party comes for the first time.
+
+    Returns:
+        The store, and the part of it behind the token's prefix.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    keys = TOKEN.with_token_prefix(store)
+    for key, value in earlier_meeting.items():
+        if key != f"arrivals/{party}":
+            keys.set(key, value)
+    return store, keys
 
 
 def test_who_repeats_an_earlier_meeting_does_not_meet_party_1(
     earlier_meeting: dict[str, str],
 ) -> None:
-    store = make_store()
-    keys = TOKEN.with_token_prefix(store)
-    for key, value in earlier_meeting.items():
-        if key != "arrivals/1":  # party 1 comes for the first time, as it did then
-            keys.set(key, value)
+    store, keys = store_of_a_stranger(earlier_meeting, party=1)
 
     with ThreadPoolExecutor(1) as pool:
         party_1 = pool.submit(meet, store, 1, TOKEN, 1, [])
@@ -230,11 +238,7 @@ def test_who_repeats_an_earlier_meeting_does_not_meet_party_1(
 def test_who_repeats_an_earlier_meeting_does_not_meet_party_0(
     earlier_meeting: dict[str, str],
 ) -> None:
-    store = make_store()
-    keys = TOKEN.with_token_prefix(store)
-    for key, value in earlier_meeting.items():
-        if key != "arrivals/0":
-            keys.set(key, value)
+    store, keys = store_of_a_stranger(earlier_meeting, party=0)
 
     with ThreadPoolExecutor(1) as pool:
         main = pool.submit(meet, store, 0, TOKEN, 1, [])

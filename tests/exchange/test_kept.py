@@ -79,6 +79,17 @@ def backward(model: nn.Module) -> None:
     model(torch.ones(4, 3)).square().mean().backward()
 
 
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+def assert_same_parameters(model: nn.Module, expected: nn.Module) -> None:
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
 def with_lrd(optimizer: torch.optim.Optimizer, **settings: Any) -> torch.optim.Optimizer:
     lrd.LRDropout(optimizer, **settings)
     return optimizer
@@ -295,12 +306,9 @@ def test_a_step_that_failed_leaves_the_optimizers_settings_to_the_next(
     for parameter in expected.parameters():
         expected_optimizer.state[parameter]["momentum_buffer"] = parameter.grad.clone()
 
-    for network, stepping in ((model, optimizer), (expected, expected_optimizer)):
-        stepping.zero_grad()
-        backward(network)
-        stepping.step()
-    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(parameter, other)
+    take_step(model, optimizer)
+    take_step(expected, expected_optimizer)
+    assert_same_parameters(model, expected)
 
 
 class TwoDtypes(nn.Module):
@@ -328,12 +336,9 @@ def test_buckets_of_several_dtypes_are_sent_in_any_order(options: dict[str, bool
     lrd.exchange_kept(ddp_model, optimizers[0])
 
     for _ in range(3):
-        for network, optimizer in zip((ddp_model, networks[1]), optimizers, strict=True):
-            optimizer.zero_grad()
-            backward(network)
-            optimizer.step()
-    for parameter, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
-        assert torch.equal(parameter, other)
+        take_step(ddp_model, optimizers[0])
+        take_step(networks[1], optimizers[1])
+    assert_same_parameters(*networks)
 
 
 @pytest.mark.usefixtures("alone")
@@ -370,9 +375,6 @@ def test_alone_it_is_stock_learning_rate_dropout_bit_for_bit() -> None:
     lrd.exchange_kept(model, optimizer)
 
     for _ in range(4):
-        for network, stepping in ((model, optimizer), (expected, expected_optimizer)):
-            stepping.zero_grad()
-            backward(network)
-            stepping.step()
-    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(parameter, other)
+        take_step(model, optimizer)
+        take_step(expected, expected_optimizer)
+    assert_same_parameters(model, expected)

@@ -48,7 +48,7 @@ def make_parts(
             param=torch.randn(shape, generator=generator, dtype=dtype),
             gradient=torch.randn(shape, generator=generator, dtype=dtype),
             momentum_buffer=buffers[index],
-            group=groups[index == len(SHAPES) - 1],
+            settings=groups[index == len(SHAPES) - 1],
         )
         for index, shape in enumerate(SHAPES)
     ]
@@ -57,10 +57,10 @@ def make_parts(
 def keep_mask(part: Part) -> Tensor:
     drawn = mask.draw(
         part.param.numel(),
-        seed=part.group["mask_seed"],
-        step=part.group["mask_step"],
+        seed=part.settings["mask_seed"],
+        step=part.settings["mask_step"],
         index=part.index,
-        keep_prob=part.group["keep_prob"],
+        keep_prob=part.settings["keep_prob"],
     )
     return drawn.view(part.param.shape)
 
@@ -172,7 +172,7 @@ def test_a_gpu_packs_and_unpacks_what_a_cpu_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("granularity", ["row", "column", "tensor"])
 def test_elements_that_share_a_draw_are_packed_together(granularity: str) -> None:
     (part,) = make_parts({}, torch.float32, [None] * len(SHAPES), step=3)[3:]
-    part.group = {**part.group, "keep_prob": 0.5, "mask_granularity": granularity}
+    part.settings = {**part.settings, "keep_prob": 0.5, "mask_granularity": granularity}
     packed = pack([part], {})
     kept_gradient = part.gradient.clone()
     packed.unpack(packed.values, [kept_gradient])

@@ -101,7 +101,7 @@ def fake_job(**changes) -> SimpleNamespace:
         "accelerator": accelerator,
         "first_step": 2,
         "is_sharded": False,
-        "has_own_momentum": False,
+        "has_local_momentum": False,
         "is_updating": False,
         "step": 4,
     }
@@ -112,7 +112,7 @@ def fake_job(**changes) -> SimpleNamespace:
     ("changes", "reason"),
     [
         ({"is_sharded": True}, "each rank has a shard of it"),
-        ({"has_own_momentum": True}, "the momentum of the lost rank's own gradients is lost"),
+        ({"has_local_momentum": True}, "the momentum of the lost rank's own gradients is lost"),
         ({"is_updating": True}, "an update has failed in the middle"),
         ({"accelerator": SimpleNamespace(device=torch.device("cuda"))}, "on a GPU"),
     ],

@@ -348,6 +348,27 @@ def _select(keep_word, lane, new, old, update_divisor):
     return new if (keep_word >> uint32(lane)) & uint32(1) else old
 
 
+# SGD's arithmetic
+
+
+@njit(inline="always", error_model="numpy")
+def _decayed_gradient(grad, param, is_maximized, weight_decay):
+    """The gradient that the momentum gets."""
+    if is_maximized:
+        grad = -grad
+    if weight_decay != 0:
+        grad = _fma(weight_decay, param, grad)
+    return grad
+
+
+@njit(inline="always", error_model="numpy")
+def _next_momentum(grad, buffer, is_first_step, momentum, one_minus_dampening):
+    """The momentum buffer after a step with the gradient of `_decayed_gradient`."""
+    if is_first_step:
+        return grad
+    return _fma(one_minus_dampening, grad, buffer * momentum)
+
+
 # The job
 
 
@@ -416,19 +437,13 @@ def sgd_kernel(job_address):
             for lane in range(n_lanes):
                 i = np.uintp(done + lane)
                 old = params[i]
-                grad = grads[i]
-
-                if is_maximized:
-                    grad = -grad
-                if weight_decay != 0:
-                    grad = _fma(weight_decay, old, grad)
+                grad = _decayed_gradient(grads[i], old, is_maximized, weight_decay)
 
                 update = grad
                 if momentum != 0:
-                    if is_first_step:
-                        buffer = grad
-                    else:
-                        buffer = _fma(one_minus_dampening, grad, buffers[i] * momentum)
+                    buffer = _next_momentum(
+                        grad, buffers[i], is_first_step, momentum, one_minus_dampening
+                    )
                     buffers[i] = buffer
                     update = _fma(momentum, buffer, grad) if is_nesterov else buffer
 
@@ -601,6 +616,23 @@ def draw_kernel(job_address):
             )
 
 
+@njit(inline="always")
+def _tensors_of_chunk(row, start, count):
+    """Parameters, gradients and momentum buffers, float32 (count,) each."""
+    params = _floats(row.param, start, count)
+    grads = _floats(row.grad, start, count)
+    buffers = _floats(row.momentum_buffer, start, count)
+    return params, grads, buffers
+
+
+@njit(inline="always")
+def _packed_part_of_chunk(row, start, count):
+    """The words of keep bits, the packed elements of all chunks, and the number of its first."""
+    words = carray(_as_pointer(row.keep_words + start // 8, uint64), (count + 63) // 64)
+    starts = carray(_as_pointer(row.chunk_starts, int64), start // CHUNK + 1)
+    return words, _as_pointer(row.packed, float32), starts[start // CHUNK]
+
+
 def pack_kernel(job_address):
     """Write the kept elements of this rank's update one after another: a C function.
 
@@ -616,12 +648,8 @@ def pack_kernel(job_address):
         start = chunks[c, 1]
         count = chunks[c, 2]
 
-        params = _floats(row.param, start, count)
-        grads = _floats(row.grad, start, count)
-        buffers = _floats(row.momentum_buffer, start, count)
-        words = carray(_as_pointer(row.keep_words + start // 8, uint64), (count + 63) // 64)
-        first = carray(_as_pointer(row.chunk_starts, int64), start // CHUNK + 1)[start // CHUNK]
-        packed = _as_pointer(row.packed, float32)
+        params, grads, buffers = _tensors_of_chunk(row, start, count)
+        words, packed, first = _packed_part_of_chunk(row, start, count)
 
         # Into registers, as in `sgd_kernel`.
         is_maximized = row.is_maximized
@@ -637,16 +665,13 @@ def pack_kernel(job_address):
 
             for lane in range(n_lanes):
                 i = np.uintp(64 * w + lane)
-                grad = -grads[i] if is_maximized else grads[i]
-                if weight_decay != 0:
-                    grad = _fma(weight_decay, params[i], grad)
+                grad = _decayed_gradient(grads[i], params[i], is_maximized, weight_decay)
 
                 update = grad
                 if momentum != 0:
-                    if is_first_step:
-                        buffer = grad
-                    else:
-                        buffer = _fma(one_minus_dampening, grad, buffers[i] * momentum)
+                    buffer = _next_momentum(
+                        grad, buffers[i], is_first_step, momentum, one_minus_dampening
+                    )
                     update = _fma(momentum, buffer, grad) if is_nesterov else buffer
                 updates[lane] = update
 
@@ -675,12 +700,8 @@ def unpack_kernel(job_address):
         start = chunks[c, 1]
         count = chunks[c, 2]
 
-        params = _floats(row.param, start, count)
-        grads = _floats(row.grad, start, count)
-        buffers = _floats(row.momentum_buffer, start, count)
-        words = carray(_as_pointer(row.keep_words + start // 8, uint64), (count + 63) // 64)
-        first = carray(_as_pointer(row.chunk_starts, int64), start // CHUNK + 1)[start // CHUNK]
-        packed = _as_pointer(row.packed, float32)
+        params, grads, buffers = _tensors_of_chunk(row, start, count)
+        words, packed, first = _packed_part_of_chunk(row, start, count)
 
         # Into registers, as in `sgd_kernel`.
         is_maximized = row.is_maximized
@@ -692,13 +713,10 @@ def unpack_kernel(job_address):
         if momentum != 0:
             for k in range(count):
                 i = np.uintp(k)
-                grad = -grads[i] if is_maximized else grads[i]
-                if weight_decay != 0:
-                    grad = _fma(weight_decay, params[i], grad)
-                if is_first_step:
-                    buffers[i] = grad
-                else:
-                    buffers[i] = _fma(one_minus_dampening, grad, buffers[i] * momentum)
+                grad = _decayed_gradient(grads[i], params[i], is_maximized, weight_decay)
+                buffers[i] = _next_momentum(
+                    grad, buffers[i], is_first_step, momentum, one_minus_dampening
+                )
 
         for w in range(len(words)):
             word = words[w]
