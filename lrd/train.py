@@ -67,52 +67,63 @@ def train(job: Job, signals: StopSignals) -> int:
             console.info(f"nothing left to do: {job.step} of {job.total_steps} steps are done")
 
         while job.step < job.total_steps and not stop_signal:
-            job.compute_timer.begin_step()
-            job.buffers.take(job.step)
-            loss, accuracy = forward_backward(job)
-            grad_norm = clip_gradients(job)
-
-            is_skipped = False
-            if exchanges_statistics(job):
-                statistics = communication.gather_step_statistics(
-                    loss,
-                    grad_norm,
-                    accuracy,
-                    signals.received,
-                    has_checkpoint_error(job),
-                    job.batches.num_replaced,
-                    job.compute_timer.take(),
-                )
-                stop_signal = statistics.stop_signal
-                if statistics.has_checkpoint_error:
-                    handle_checkpoint_error(job)
-                is_skipped = not guard.may_step(statistics)
-                job.replaced_images = job.replaced_before + statistics.num_replaced
-                progress.take_statistics(statistics)
-
-            # The lr of this step, before the schedule changes it.
-            lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
-            job.is_updating = True
-            if not is_skipped:
-                progress.before_step()
-                with job.compute_timer.measure():
-                    job.accelerated_optimizer.step()  # the mask decides which elements move
-                if job.weight_average is not None:
-                    job.weight_average.update(job.raw_model)
-            job.accelerated_optimizer.zero_grad()
-
-            job.schedule.step()
-            job.step += 1
-            job.roll_call.step = job.step
-            if job.step % job.batches.steps_per_epoch == 0:
-                job.schedule.end_epoch()
-            job.is_updating = False
-
-            progress.after_step(lrs, grad_norm, is_skipped)
+            stop_signal = take_step(job, guard, progress, signals)
             stop_signal = end_step(job, progress, signals, stop_signal)
             profile_step()
 
         return finish(job, progress, signals, stop_signal)
+
+
+def take_step(job: Job, guard: NonfiniteGuard, progress: Progress, signals: StopSignals) -> int:
+    """Take one optimizer step: batch, forward, backward, clip, masked update, schedule.
+
+    Returns:
+        A stop signal that a rank has received; 0: none.
+    """
+    job.compute_timer.begin_step()
+    job.buffers.take(job.step)
+    loss, accuracy = forward_backward(job)
+    grad_norm = clip_gradients(job)
+
+    stop_signal = 0
+    is_skipped = False
+    if exchanges_statistics(job):
+        statistics = communication.gather_step_statistics(
+            loss,
+            grad_norm,
+            accuracy,
+            signals.received,
+            has_checkpoint_error(job),
+            job.batches.num_replaced,
+            job.compute_timer.take(),
+        )
+        stop_signal = statistics.stop_signal
+        if statistics.has_checkpoint_error:
+            handle_checkpoint_error(job)
+        is_skipped = not guard.may_step(statistics)
+        job.replaced_images = job.replaced_before + statistics.num_replaced
+        progress.take_statistics(statistics)
+
+    # The lr of this step, before the schedule changes it.
+    lrs = [float(group["lr"]) for group in job.raw_optimizer.param_groups]
+    job.is_updating = True
+    if not is_skipped:
+        progress.before_update()
+        with job.compute_timer.measure():
+            job.accelerated_optimizer.step()  # the mask decides which elements move
+        if job.weight_average is not None:
+            job.weight_average.update(job.raw_model)
+    job.accelerated_optimizer.zero_grad()
+
+    job.schedule.step()
+    job.step += 1
+    job.roll_call.step = job.step
+    if job.step % job.batches.steps_per_epoch == 0:
+        job.schedule.end_epoch()
+    job.is_updating = False
+
+    progress.after_step(lrs, grad_norm, is_skipped)
+    return stop_signal
 
 
 def forward_backward(job: Job) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ FLOORS = [
     {"checkpoint", "doctor"},
     {"job"},
     {"inference", "study", "train"},
+    {"replay"},
     {"cli"},
     {"__main__"},
 ]

@@ -6,6 +6,9 @@ loaded before the size and the hash of each file have been compared with `manife
 The manifest contains the SHA-256 of its own entries, and the same entries are always written as the
 same bytes. So a changed byte in the manifest is noticed too. Otherwise a flipped bit in the layout
 version would make a damaged checkpoint look like one that another version of lrd wrote.
+
+Manifests are chained: each has the SHA-256 of the one before it (`previous`). So a checkpoint that
+was replaced by another valid one is found as long as its successor is there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +27,58 @@ LAYOUT_VERSION = 3  # the layout version that is written
 READABLE_VERSIONS = (2, 3)
 
 
-def write_manifest(folder: Path, step: int, files: Iterable[str]) -> None:
+@dataclass(frozen=True)
+class Link:
+    """Names a manifest.
+
+    Attributes:
+        step: of its checkpoint.
+        sha256: its own SHA-256, which stands in it.
+    """
+
+    step: int
+    sha256: str
+
+
+def write_manifest(
+    folder: Path, step: int, files: Iterable[str], previous: Link | None = None
+) -> None:
     """Measure the files in a folder and write the manifest beside them.
 
     Args:
         folder: the folder of one checkpoint.
         step: the step that the checkpoint belongs to.
         files: names of the files in `folder`.
+        previous: the manifest of the checkpoint before this one; None: there is none.
     """
-    text = render(step, {file: measure(folder / file) for file in files})
+    text = render(step, {file: measure(folder / file) for file in files}, previous)
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def render(step: int, measured: dict[str, Any]) -> str:
+def render(step: int, measured: dict[str, Any], previous: Link | None = None) -> str:
     """The text of the manifest of a step, from what `measure` says of each file by its name."""
-    return _render({"format": LAYOUT_VERSION, "step": step, "files": measured})
+    entries = {"format": LAYOUT_VERSION, "step": step, "files": measured}
+    if previous is not None:
+        entries["previous"] = asdict(previous)
+    return _render(entries)
+
+
+def read_link(folder: Path) -> Link | None:
+    """The link to a folder's manifest; None if there is no valid one."""
+    entries, _ = _read(folder)
+    if entries is None or not isinstance(entries.get("step"), int):
+        return None
+    return Link(entries["step"], _digest(entries))
+
+
+def read_previous(folder: Path) -> Link | None:
+    """What a folder's manifest says of the one before it; None if it says nothing."""
+    entries, _ = _read(folder)
+    previous = {} if entries is None else entries.get("previous", {})
+    try:
+        return Link(int(previous["step"]), str(previous["sha256"]))
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def layout_version(folder: Path) -> Any:
@@ -168,8 +209,12 @@ def _parse(raw: bytes) -> tuple[dict[str, Any] | None, str]:
 
 def _render(entries: dict[str, Any]) -> str:
     """Return the text of a manifest: the entries, and the SHA-256 of them as the last one."""
-    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**entries, "sha256": digest}, indent=1) + "\n"
+    return json.dumps({**entries, "sha256": _digest(entries)}, indent=1) + "\n"
+
+
+def _digest(entries: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest's entries."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def measure(path: Path) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def save(run_dir: Path, state: TrainState) -> Path:
     try:
         temporary.mkdir(parents=True)
         _require_free_space(temporary, state.nbytes)
-        files = _write_files(temporary, state)
+        files = _write_files(temporary, state, _find_previous(run_dir, state.step))
 
         # All bytes reach the disk before the rename makes them visible.
         for file in (*files, manifest.NAME):
@@ -198,7 +198,13 @@ def save(run_dir: Path, state: TrainState) -> Path:
     return target
 
 
-def _write_files(folder: Path, state: TrainState) -> list[str]:
+def _find_previous(run_dir: Path, step: int) -> manifest.Link | None:
+    """The manifest of the newest checkpoint before a step, for the chain of manifests."""
+    earlier = [earlier for earlier in list_steps(run_dir) if earlier < step]
+    return manifest.read_link(checkpoint_path(run_dir, earlier[-1])) if earlier else None
+
+
+def _write_files(folder: Path, state: TrainState, previous: manifest.Link | None) -> list[str]:
     """Write the files of a checkpoint into a folder, the manifest last.
 
     Returns:
@@ -226,7 +232,7 @@ def _write_files(folder: Path, state: TrainState) -> list[str]:
     for file in files:
         (folder / file).chmod((folder / TRAINER_FILE).stat().st_mode)
 
-    manifest.write_manifest(folder, state.step, files)
+    manifest.write_manifest(folder, state.step, files, previous)
     return files
 
 
@@ -265,8 +271,9 @@ def _require_free_space(folder: Path, nbytes: int) -> None:
 def delete_old(run_dir: Path, keep_last: int, best_step: int | None) -> list[str]:
     """Delete old checkpoints, after newer ones were read back from the disk and verified.
 
-    These are kept: the newest `keep_last`, the best one, and as many as it takes to have MIN_VALID
-    valid ones. Nothing is deleted before that many have been verified.
+    These are kept: the newest `keep_last`, the best one, the one that a fork began with, and as
+    many as it takes to have MIN_VALID valid ones. Nothing is deleted before that many have been
+    verified.
 
     Args:
         run_dir: the run directory.
@@ -284,7 +291,7 @@ def delete_old(run_dir: Path, keep_last: int, best_step: int | None) -> list[str
         path = checkpoint_path(run_dir, step)
 
         if index >= keep_last and num_valid >= MIN_VALID:
-            if step != best_step:
+            if step != best_step and not _is_fork_point(path, step):
                 _delete(path)
             continue
 
@@ -297,6 +304,15 @@ def delete_old(run_dir: Path, keep_last: int, best_step: int | None) -> list[str
                 lines.append(move_aside(path, damage))
 
     return lines
+
+
+def _is_fork_point(path: Path, step: int) -> bool:
+    """Whether a run was forked from another one at this checkpoint: nothing else replaces it."""
+    try:
+        forked_from = read_trainer(path).get("forked_from") or {}
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(forked_from, dict) and forked_from.get("step") == step
 
 
 def has_other_layout(path: Path) -> bool:
@@ -461,6 +477,15 @@ def read_trainer(path: Path) -> dict[str, Any]:
     """Read the `trainer.json` of a checkpoint."""
     values: dict[str, Any] = json.loads((path / TRAINER_FILE).read_bytes())
     return values
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint; empty if it has none, as in a former version."""
+    try:
+        values = json.loads((path / CONFIG_FILE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def package_versions() -> dict[str, str]:

@@ -346,6 +346,191 @@ def predict(
     )
 
 
+_RUN_HELP = "a run directory"
+_REPLAY_OVERRIDES_HELP = "what must differ here, e.g. data.root=images"
+
+
+@app.command()
+def probe(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP)],
+    elements: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ELEMENT...",
+            help="parameters with the index of an element: 'layer4.*.conv1.weight[0,0,0,0]'; "
+            "without an index the middle one",
+        ),
+    ] = None,
+    coverage: Annotated[
+        bool,
+        typer.Option(
+            "--coverage", help="how often all elements of the parameters moved, and their waits"
+        ),
+    ] = False,
+    until: Annotated[
+        int | None, typer.Option("--until", min=1, help="the last step of --coverage")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="draw a picture into this image file")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="record the lrs for TensorBoard too")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print JSON in place of the table")
+    ] = False,
+) -> None:
+    """Show the lr that any element had at each step of a run. Nothing is computed again."""
+    from lrd.cli.time_machine import probe as show_probes
+
+    _run_or_exit(
+        lambda: show_probes(run_dir, elements or [], coverage, until, out, tensorboard, as_json)
+    )
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP)],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="another one")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help=_REPLAY_OVERRIDES_HELP),
+    ] = None,
+    files_only: Annotated[
+        bool,
+        typer.Option("--files-only", help="compare what the runs have written; compute nothing"),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON object in place of the tables")
+    ] = False,
+) -> None:
+    """Find the first step, tensor and element in which two runs differ, by computing both again.
+
+    Exit status 1 if they differ.
+    """
+    from lrd.cli.time_machine import diff as show_diff
+
+    are_equal = _run_or_exit(
+        lambda: show_diff(first, second, not files_only, overrides or [], as_json)
+    )
+    if not are_equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fork(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP)],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="run_dir=NEW [section.key=value]...",
+            help="the directory of the new run, and settings to change from there on",
+        ),
+    ],
+    at: Annotated[int, typer.Option("--at", help="the step after which the new run begins")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON object in place of the lines")
+    ] = False,
+) -> None:
+    """Make a new run that goes on from any step of another one."""
+    from lrd.cli.time_machine import fork as fork_run
+
+    _run_or_exit(lambda: fork_run(run_dir, at, overrides, as_json))
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help=_REPLAY_OVERRIDES_HELP),
+    ] = None,
+    first: Annotated[int | None, typer.Option("--from", help="the first step to look at")] = None,
+    last: Annotated[int | None, typer.Option("--to", help="the last one")] = None,
+    around: Annotated[
+        int | None, typer.Option("--around", help="a step; five before and after it are shown too")
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="draw the images that each rank saw, with labels")
+    ] = False,
+    norms: Annotated[
+        bool,
+        typer.Option("--norms", help="norms of each parameter's gradient, update and weights"),
+    ] = False,
+    nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--stop-at-nonfinite", help="find the first value that is not finite, and its module"
+        ),
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="write a trace of each rank")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=1, help="on as many ranks; default: as many as the run had"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="folder of pictures, norms and traces; default: in RUN"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON object in place of the tables")
+    ] = False,
+) -> None:
+    """Compute steps of a run again, bit for bit, with more to see than when it was trained.
+
+    Exit status 1 if a record does not come out as it was.
+    """
+    from lrd.cli.time_machine import replay as replay_steps
+
+    is_same = _run_or_exit(
+        lambda: replay_steps(
+            run_dir,
+            first,
+            last,
+            around,
+            samples,
+            norms,
+            nonfinite,
+            profile,
+            ranks,
+            out,
+            overrides or [],
+            as_json,
+        )
+    )
+    if not is_same:
+        raise typer.Exit(1)
+
+
+@app.command(name="verify")
+def verify_run(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help=_RUN_HELP)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help=_REPLAY_OVERRIDES_HELP),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, help="as many windows between checkpoints; default: all"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="draws these windows")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print a JSON object in place of the table")
+    ] = False,
+) -> None:
+    """Compute a run again between its checkpoints: do weights and records follow, bit for bit?
+
+    Exit status 1 if something does not.
+    """
+    from lrd.cli.time_machine import verify as verify_and_report
+
+    is_valid = _run_or_exit(
+        lambda: verify_and_report(run_dir, windows, seed, overrides or [], as_json)
+    )
+    if not is_valid:
+        raise typer.Exit(1)
+
+
 data_app = typer.Typer(no_args_is_help=True)
 app.add_typer(data_app, name="data", help="Pack a folder of images, so that training reads faster.")
 
@@ -388,9 +573,9 @@ def verify(
     root: Annotated[Path, typer.Argument(metavar="DIR", help="the folder that contains the pack")],
 ) -> None:
     """Read a whole pack and compare it with its hashes. Exit status 1 if a file is damaged."""
-    from lrd.cli.data import verify as verify_and_report
+    from lrd.cli.tables import pack_table
 
-    all_valid = _run_or_exit(lambda: verify_and_report(root))
+    all_valid = _run_or_exit(lambda: pack_table(root))
     if not all_valid:
         raise typer.Exit(1)
 

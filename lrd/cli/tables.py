@@ -1,4 +1,4 @@
-"""Tables of runs and of a run's checkpoints."""
+"""Tables of runs, of a run's checkpoints, and of a pack of images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lrd.checkpoint.mirror import fetching
 from lrd.checkpoint.mirror.remote import Remote
 from lrd.checkpoint.network_config import read_config
 from lrd.checkpoint.run_records import RunSummary, describe_seconds, find_runs
+from lrd.data.streaming.packed import describe_bytes, verify_pack
 from lrd.errors import UserError
 
 # How `lrd runs --sort` orders: best, newest or longest first; what is not known comes last.
@@ -215,3 +216,36 @@ def _describe_position(path: Path) -> tuple[str, str]:
         RecursionError,
     ):
         return "?", "?"
+
+
+def pack_table(root: Path) -> bool:
+    """Compare a pack with its hashes, and print a row for each part.
+
+    Args:
+        root: the folder that contains the pack.
+
+    Returns:
+        Whether all of it is there and whole.
+
+    Raises:
+        UserError: there is no pack.
+    """
+    checks = verify_pack(root)
+    rows = []
+    for check in checks:
+        bytes_per_image = check.num_bytes / check.num_images if check.num_images else 0.0
+        rows.append(
+            [
+                check.part,
+                f"{check.num_images:,}",
+                describe_bytes(check.num_bytes),
+                f"{bytes_per_image:,.0f}",
+                "no" if check.faults else "yes",
+            ]
+        )
+    console.table(str(root), ["part", "images", "size", "bytes per image", "ok"], rows)
+
+    for check in checks:
+        for fault in check.faults:
+            console.error(fault)
+    return not any(check.faults for check in checks)

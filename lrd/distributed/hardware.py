@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +130,33 @@ def limit_threads() -> None:
         torch.set_num_threads(share)
 
 
+@lru_cache(maxsize=1)
+def describe_processor() -> str:
+    """The family of this host's processor and the instructions that torch uses on it.
+
+    Two that are described alike compute the same bits with the same number of threads, as far as
+    this is known.
+    """
+    values = _read_cpuinfo()
+    name = values.get("model name") or platform.machine()
+    numbers = [f"{key} {values[key]}" for key in ("cpu family", "model") if key in values]
+    return ", ".join([name, *numbers, torch.backends.cpu.get_cpu_capability()])
+
+
 def _cpu_flags() -> set[str]:
     """The processor's features as the kernel lists them; empty where it does not."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return set()
+    return set(_read_cpuinfo().get("flags", "").split())
 
-    for line in lines:
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
+
+def _read_cpuinfo() -> dict[str, str]:
+    """What the kernel says of the first processor, by its keys; empty where it says nothing."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+    values = {}
+    for line in text.partition("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        values[key.strip()] = value.strip()
+    return values

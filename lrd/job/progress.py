@@ -22,6 +22,7 @@ from lrd.job.rank_speed import SlowRanks, describe_spread
 from lrd.job.state import Job
 from lrd.optim.dropout import get_lr_dropout
 from lrd.tracking.metrics_file import read_rows
+from lrd.tracking.recorder import SKIPPED_TAG
 
 
 class Progress:
@@ -84,10 +85,9 @@ class Progress:
             for line in lines:
                 console.error(line)
 
-    def before_step(self) -> None:
+    def before_update(self) -> None:
         """Keep what a record of the step needs of the state before it."""
-        if self.job.tracker is not None:
-            self.job.tracker.copy_weights(self.job.step + 1)
+        self.job.recorder.before_update(self.job.step + 1)
 
     def after_step(self, lrs: list[float], grad_norm: Tensor, is_skipped: bool) -> None:
         """Record and show a step.
@@ -100,9 +100,10 @@ class Progress:
         job = self.job
         self.num_steps += 1
         job.recorder.record_probes(job.step, lrs, moved=not is_skipped)
-        if job.tracker is not None:
-            job.tracker.record_updates(job.step)
+        job.recorder.record_update(job.step)
         if job.step % job.recipe.tracking.every_steps != 0:
+            if is_skipped:  # else nothing would say so: a probe may be zero because of its mask
+                job.recorder.record_skipped(job.step, job.skipped_steps)
             return
 
         images_per_second = self._speed.measure(self.num_steps, sum(self._paused.values()))
@@ -114,7 +115,7 @@ class Progress:
             grad_norm_tag: float(grad_norm),
         }
         if job.recipe.trainer.on_nonfinite == "skip":
-            scalars["train/skipped"] = job.skipped_steps
+            scalars[SKIPPED_TAG] = job.skipped_steps
         if job.recipe.data.skip_corrupt:
             scalars["train/replaced"] = job.replaced_images
         scalars |= describe_spread(self._compute_seconds)

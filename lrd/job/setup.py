@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lrd.checkpoint.mirror.claim import Claim
 from lrd.checkpoint.mirror.layout import whole_steps
 from lrd.checkpoint.mirror.remote import Remote
 from lrd.checkpoint.run_dir import RunDir, read_status
+from lrd.checkpoint.starts import describe_fork
 from lrd.checkpoint.transfer import fetch_newest
 from lrd.data import datasets
 from lrd.data.batches import Batches, TrainingBatches
@@ -67,32 +69,11 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
     Raises:
         UserError: the same on every rank.
     """
-    # Meet the other ranks, and refuse to start where they do not have the same code and recipe.
     recipe = hardware.resolve_auto(recipe)
-    code = {"lrd": __version__, "lrd's source files": source_digest(), "torch": torch.__version__}
-    sources = named.describe_sources(recipe)
-    facts = {**code, **sources, **recipe.settings_shared_by_ranks()}
-    accelerator = start_rank(recipe.trainer, facts, roll_call)
-
+    accelerator = _meet(recipe, roll_call)
     claim = _connect_mirror(recipe)
-
-    # Load the data on one rank of each host first: it downloads or decodes, the others find the
-    # result.
-    dataset = communication.local_main_process_first(
-        accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
-    )
     starts_anew = not _has_checkpoint(recipe, claim)
-    job = communication.run_on_all_ranks(
-        lambda: build_job(recipe, accelerator, dataset, roll_call, starts_anew)
-    )
-    job.sources = sources
-    communication.require_equal_on_all_ranks(
-        {
-            "data.fingerprint": job.result_settings["data.fingerprint"],
-            "the file of model.weights": job.start_weights_digest,
-            "model.arch": _describe_parameters(job.raw_model),
-        }
-    )
+    job = _build_together(recipe, accelerator, roll_call, starts_anew)
 
     job.claim = claim
     communication.run_on_main_process(lambda: _require_same_run_in_mirror(job))
@@ -109,6 +90,61 @@ def set_up(recipe: recipes.Recipe, roll_call: RollCall) -> Job:
         wrap_model(job)
         communication.run_on_main_process(lambda: _open_outputs(job))
         stack.pop_all()
+    return job
+
+
+def set_up_replay(recipe: recipes.Recipe, roll_call: RollCall, checkpoint: Path | None) -> Job:
+    """Build all parts of a job whose steps are computed again. It has no outputs.
+
+    Args:
+        recipe: by which the steps were computed.
+        roll_call: answers for this rank as soon as the ranks have met.
+        checkpoint: the state to begin with, verified; None: that of a run before its first step.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    recipe = hardware.resolve_auto(recipe)
+    accelerator = _meet(recipe, roll_call)
+    job = _build_together(recipe, accelerator, roll_call, starts_anew=checkpoint is None)
+    if checkpoint is not None:
+        load_checkpoint(job, checkpoint)
+    wrap_model(job)
+    return job
+
+
+def _meet(recipe: recipes.Recipe, roll_call: RollCall) -> Accelerator:
+    """Meet the other ranks, and refuse to start where they have another code or recipe."""
+    facts = {
+        "lrd": __version__,
+        "lrd's source files": source_digest(),
+        "torch": torch.__version__,
+        **named.describe_sources(recipe),
+        **recipe.settings_shared_by_ranks(),
+    }
+    return start_rank(recipe.trainer, facts, roll_call)
+
+
+def _build_together(
+    recipe: recipes.Recipe, accelerator: Accelerator, roll_call: RollCall, starts_anew: bool
+) -> Job:
+    """Load the data and build the job on all ranks, and compare what each has built."""
+    # One rank of each host is first: it downloads or decodes, the others find the result.
+    dataset = communication.local_main_process_first(
+        accelerator, lambda: datasets.load_dataset(recipe.data, recipe.seed)
+    )
+    job = communication.run_on_all_ranks(
+        lambda: build_job(recipe, accelerator, dataset, roll_call, starts_anew)
+    )
+    job.sources = named.describe_sources(recipe)
+    job.source_digest = source_digest()
+    communication.require_equal_on_all_ranks(
+        {
+            "data.fingerprint": job.result_settings["data.fingerprint"],
+            "the file of model.weights": job.start_weights_digest,
+            "model.arch": _describe_parameters(job.raw_model),
+        }
+    )
     return job
 
 
@@ -378,11 +414,33 @@ def _resume(job: Job) -> None:
         return [str(newest_path), list(newest_files)]
 
     path, names = communication.run_on_main_process(read_newest)
-    if not names:
-        return
+    if names:
+        console.info(f"{path}: going on after step {store.parse_name(Path(path).name)}")
+        _load_on_all_ranks(job, Path(path), names, files)
+
+
+def load_checkpoint(job: Job, path: Path) -> None:
+    """Load a checkpoint, which was verified before, into all ranks. Rank 0 reads it."""
+    files: dict[str, bytes] = {}
+
+    def read() -> list[str]:
+        files.update(store.read_files(path))
+        return list(files)
+
+    names = communication.run_on_main_process(read)
+    _load_on_all_ranks(job, path, names, files)
+
+
+def _load_on_all_ranks(job: Job, path: Path, names: list[str], files: dict[str, bytes]) -> None:
+    """Send the files of a checkpoint from rank 0 to all ranks and load them.
+
+    Args:
+        names: of the files.
+        files: their content, on rank 0.
+    """
     for name in names:
         files[name] = communication.broadcast_bytes(files.get(name, b""), source=0)
-    communication.run_on_all_ranks(lambda: _load(job, Path(path), files))
+    communication.run_on_all_ranks(lambda: _load(job, path, files))
     # What one rank has read must have arrived on all.
     compare_replicas(job.raw_model, job.raw_optimizer, job.step)
 
@@ -412,9 +470,7 @@ def _read_newest(recipe: recipes.Recipe) -> tuple[Path, dict[str, bytes]]:
 
 
 def _load(job: Job, path: Path, files: dict[str, bytes]) -> None:
-    state = store.parse_files(path, files)
-    console.info(f"{path}: going on after step {state.step}")
-    job.load_train_state(state, path)
+    job.load_train_state(store.parse_files(path, files), path)
 
 
 def wrap_model(job: Job) -> None:
@@ -432,9 +488,12 @@ def wrap_model(job: Job) -> None:
             job.raw_optimizer, device_placement=False
         )
     else:
-        job.ddp_model, job.accelerated_optimizer = job.accelerator.prepare(
-            job.raw_model, job.raw_optimizer
-        )
+        with warnings.catch_warnings():
+            # Accelerate passes it on; torch 2.13 has a new name for it, which older ones lack.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            job.ddp_model, job.accelerated_optimizer = job.accelerator.prepare(
+                job.raw_model, job.raw_optimizer
+            )
 
     _choose_exchange(job)
     if trainer.compile:
@@ -486,7 +545,8 @@ def _warm_up_ddp_buckets(job: Job) -> None:
 def _open_outputs(job: Job) -> None:
     """Write the resolved recipe and open the records and the checkpoint writer."""
     assert job.run_dir is not None
-    job.run_dir.write("recipe.yaml", job.recipe.dump())
+    heading = "" if job.forked_from is None else f"# {describe_fork(job.forked_from)}\n"
+    job.run_dir.write("recipe.yaml", heading + job.recipe.dump())
 
     last_step = min(job.rescued_scalars, default=job.step + 1) - 1  # the files must have these
     if last_step:

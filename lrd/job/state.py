@@ -14,14 +14,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrd import console
+from lrd import __version__, console
 from lrd import recipe as recipes
 from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.mirror.claim import Claim
 from lrd.checkpoint.run_dir import RunDir
+from lrd.checkpoint.starts import add_start
 from lrd.data.batches import TrainingBatches
 from lrd.data.images import Dataset, storage_of_fingerprint
+from lrd.distributed import hardware
 from lrd.distributed.roll_call import RollCall
 from lrd.errors import UserError
 from lrd.exchange.kept import KeptExchange
@@ -81,6 +83,10 @@ class Job:
         last_eval_step, last_eval_metrics: the latest evaluation.
         best: the evaluation that was best by `best_metric`: `step`, `metric` (its name), and all
             metrics.
+        source_digest: a digest of lrd's own source files.
+        starts: the starts of the run up to this one, see `lrd.checkpoint.starts`.
+        forked_from: the run that this one was forked from: `run`, `step` and `manifest` (SHA-256);
+            None if it was not forked.
         rescued_scalars: scalars of the last steps, by step and tag, if this start goes on from what
             a survivor saved, see `lrd.job.survivor`.
     """
@@ -120,6 +126,9 @@ class Job:
     last_eval_step: int = 0
     last_eval_metrics: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    source_digest: str = ""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    forked_from: dict[str, Any] | None = None
     rescued_scalars: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -258,6 +267,7 @@ class Job:
             "step": self.step,
             "epoch": self.step // self.batches.steps_per_epoch,
             "samples": self.step * self.batches.batch_size,
+            "steps_per_epoch": self.batches.steps_per_epoch,
             "skipped": self.skipped_steps,
             "replaced": self.replaced_images,
             "evaluated": self.last_eval_step,
@@ -266,12 +276,29 @@ class Job:
             "identity": self.result_settings,
             "sources": self.sources,
             "world_size": self.accelerator.num_processes,
+            "starts": self.starts or add_start([], self.first_step, self._circumstances()),
         }
+        if self.forked_from is not None:
+            trainer["forked_from"] = self.forked_from
         ema = None if self.weight_average is None else self.weight_average.state_dict()
         state = store.TrainState(model, optimizer, trainer, ema, self._describe_network())
         if self.is_sharded:
             state = sharding.gather_state(state, is_kept=self.accelerator.is_main_process)
         return state
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What the last bits of this start's steps depend on, see `lrd.checkpoint.starts`."""
+        device = self.accelerator.device
+        is_cpu = device.type == "cpu"
+        return {
+            "ranks": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": "cpu" if is_cpu else torch.cuda.get_device_name(device),
+            "processor": hardware.describe_processor(),
+            "versions": {"lrd": __version__, **store.package_versions()},
+            "lrd_source": self.source_digest,
+            "sources": self.sources,
+        }
 
     def _describe_network(self) -> dict[str, Any]:
         """What inference needs to know, for `config.json`."""
@@ -304,7 +331,8 @@ class Job:
         identity = state.trainer.get("identity")
         if not isinstance(identity, dict):
             raise UserError(f"{path}: does not say with which settings it was made")
-        has_changed = self.has_other_settings(identity, str(path), "run_dir")
+        self.forked_from = state.trainer.get("forked_from")
+        has_changed = self._has_changed_since(state, identity, path)
 
         if self.is_sharded:
             state = sharding.shard_state(state, self.raw_model, self.raw_optimizer)
@@ -320,6 +348,12 @@ class Job:
         self.last_eval_step = state.trainer["evaluated"]
         self.last_eval_metrics = state.trainer["latest"]
         self.best = state.trainer["best"]
+        self.starts = add_start(
+            state.trainer.get("starts", []),
+            self.step,
+            self._circumstances(),
+            changed_recipe=_saved_recipe(state) if has_changed else None,
+        )
         rescued = state.trainer.get("rescued", {}).get("scalars", {})
         self.rescued_scalars = {int(step): scalars for step, scalars in rescued.items()}
         # With a changed recipe it may be an accuracy on other images.
@@ -338,6 +372,24 @@ class Job:
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: is of another optimizer: {error}") from None
 
+    def _has_changed_since(
+        self, state: store.TrainState, identity: dict[str, Any], path: Path
+    ) -> bool:
+        """Whether settings that affect the results are not those of a checkpoint.
+
+        The first start of a fork may have others.
+
+        Raises:
+            UserError: they are not, and nothing allows it.
+        """
+        if self.forked_from is None or self.forked_from["step"] != state.step:
+            return self.has_other_settings(identity, str(path), "run_dir")
+
+        changes = describe_changes(identity, self.result_settings, self.forked_from["run"])
+        for line in changes:
+            console.info(line)
+        return bool(changes)
+
     def has_other_settings(self, saved: dict[str, Any], place: str, key: str) -> bool:
         """Compare the settings that affect the results with those of the run in some place.
 
@@ -352,7 +404,7 @@ class Job:
         Raises:
             UserError: they differ, and `checkpoint.allow_changed` does not allow it.
         """
-        changes = _describe_changes(saved, self.result_settings, place)
+        changes = describe_changes(saved, self.result_settings, place)
         if changes and not self.recipe.checkpoint.allow_changed:
             advice = (
                 f"name another {key} to start a new run; "
@@ -414,6 +466,12 @@ class Job:
         self.schedule.fast_forward(self.step, self.batches.steps_per_epoch)
 
 
+def _saved_recipe(state: store.TrainState) -> dict[str, Any] | None:
+    """The recipe in a checkpoint's `config.json`; None in one of a former version."""
+    recipe = state.config.get("lrd", {}).get("recipe")
+    return recipe if isinstance(recipe, dict) else None
+
+
 def _have_same_state(saved: dict[str, Any], current: dict[str, Any]) -> bool:
     """Whether two state_dicts of one optimizer class have the same tensors for each parameter."""
     saved_groups = saved["param_groups"]
@@ -431,7 +489,7 @@ def _have_same_state(saved: dict[str, Any], current: dict[str, Any]) -> bool:
     return True
 
 
-def _describe_changes(saved: dict[str, Any], current: dict[str, Any], place: str) -> list[str]:
+def describe_changes(saved: dict[str, Any], current: dict[str, Any], place: str) -> list[str]:
     """A line for each setting that differs. An absent one equals None: it was not used."""
     lines = []
     for key in sorted(saved.keys() | current.keys()):

@@ -67,6 +67,10 @@ class EventFile:
                 # The records are kept. A caller who needs them on disk calls `flush` itself.
                 self._last_flush = time.monotonic()
 
+    def add_event(self, event: Event) -> None:
+        """Add a record of another file as it is."""
+        self._record_writer.write(event.SerializeToString())
+
     def flush(self) -> None:
         """Hand all records to the file system.
 

@@ -208,6 +208,23 @@ class MetricsFile:
         return (",".join(cells) + "\n").encode()
 
 
+def copy_rows(source: Path, target: Path, last: int) -> None:
+    """Copy the table of a run up to a step into another run directory.
+
+    Without a readable table nothing is copied: the run's next start writes it again from the event
+    files.
+    """
+    try:
+        content = (source / FILE_NAME).read_bytes()
+    except OSError:
+        return
+
+    tags = _parse_header(content)
+    if tags is not None:
+        end, _ = _find_end(content, last, num_cells=len(_FIRST_COLUMNS) + len(tags))
+        files.replace(target / FILE_NAME, content[:end])
+
+
 def read_rows(path: Path, first_step: int) -> list[dict[str, float]]:
     """Read the last rows of a `metrics.csv`.
 

@@ -18,6 +18,8 @@ from lrd.optim.dropout import get_lr_dropout
 # The main process flushes its records at most every five seconds, see `event_file`.
 _SECONDS_KEPT = 15.0
 
+SKIPPED_TAG = "train/skipped"
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -96,6 +98,21 @@ class Recorder:
         for probe in self.probes:
             is_kept = moved and (dropout is None or dropout.keeps(probe.index, probe.element))
             self._add_scalar(probe.tag, lrs[probe.group] * is_kept, step)
+
+    def before_update(self, step: int) -> None:
+        """Called before the optimizer's step, when the gradients are those it will see."""
+
+    def record_update(self, step: int) -> None:
+        """Called after the optimizer's step."""
+
+    def record_skipped(self, step: int, num_skipped: int) -> None:
+        """Record that a step was skipped.
+
+        Args:
+            step: the number of the step, from 1.
+            num_skipped: the steps that were skipped so far.
+        """
+        self._add_scalar(SKIPPED_TAG, num_skipped, step)
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of an evaluation after `step`."""

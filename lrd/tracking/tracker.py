@@ -13,7 +13,7 @@ Tags, by step:
 | `train/images_per_second` | speed |
 | `ranks/compute_seconds/max`, `.../median` | how long ranks computed in a step, without waiting |
 | `ranks/slowest` | the rank that computed longest |
-| `train/skipped` | steps so far whose gradient was not finite, if the recipe skips such steps |
+| `train/skipped` | steps so far that were not finite, if the recipe skips such steps |
 | `train/replaced` | images so far that could not be decoded, with `data.skip_corrupt` |
 | `probes/<parameter>[<index>]` | the learning rate of one element: its group's, or zero |
 | `updates/<parameter>` | histogram of the update, on request (`tracking.histograms_every`) |
@@ -113,16 +113,16 @@ class Tracker(Recorder):
                     self._already_recorded.add((tag, earlier_step))
         self.flush()
 
-    def copy_weights(self, step: int) -> None:
-        """Keep a copy of the weights until `record_updates`, where histograms of `step` are due."""
+    def before_update(self, step: int) -> None:
+        """Keep a copy of the weights until `record_update`, where a histogram of it is due."""
         every = self.recipe.tracking.histograms_every
         if every and step % every == 0:
             for name, parameter in self.network.named_parameters():
                 self._old_weights[name] = parameter.detach().clone()
 
     @torch.no_grad()
-    def record_updates(self, step: int) -> None:
-        """Record a histogram of each parameter's update, if `copy_weights` has kept a copy."""
+    def record_update(self, step: int) -> None:
+        """Record a histogram of each parameter's update, if `before_update` has kept a copy."""
         if not self._old_weights:
             return
 

@@ -337,9 +337,9 @@ def test_histograms_are_of_what_the_step_has_changed(tmp_path, every):
     expected = {}
     for step in range(1, 5):
         before = [parameter.detach().clone() for parameter in run.network.parameters()]
-        run.tracker.copy_weights(step)
+        run.tracker.before_update(step)
         run.update(step)
-        run.tracker.record_updates(step)
+        run.tracker.record_update(step)
         parameters = run.network.named_parameters()
         for old, (name, new) in zip(before, parameters, strict=True):
             expected[name, step] = (new - old).detach().flatten()

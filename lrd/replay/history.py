@@ -1,0 +1,240 @@
+"""What the files of a run say of its steps: checkpoints, starts, recipes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrd import recipe as recipes
+from lrd.checkpoint import store
+from lrd.checkpoint.starts import Start, parse_starts
+from lrd.distributed import hardware
+from lrd.errors import UserError, first_line
+from lrd.replay.computing.plan import SAVED, Leg
+
+# Sections that are not in `config.json`, because they do not change the network.
+_LOCAL_SECTIONS = ("checkpoint", "tracking")
+
+
+@dataclass
+class RunHistory:
+    """A run, as its files tell of it. Nothing is written.
+
+    Attributes:
+        run_dir: the run directory.
+        checkpoints: the valid ones, by step.
+        trainers: their `trainer.json`, by step.
+        damaged: a line for each checkpoint that is not valid.
+        starts: that led to the newest checkpoint; empty if the run does not say.
+        overrides: settings that were changed for the replay, such as `data.root`.
+        notes: lines on what the run lacks.
+    """
+
+    run_dir: Path
+    checkpoints: dict[int, Path]
+    trainers: dict[int, dict[str, Any]]
+    damaged: list[str]
+    starts: list[Start]
+    overrides: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+    _recipe_file: dict[str, Any] = field(default_factory=dict)
+    _saved_recipe: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.run_dir)
+
+    @property
+    def first_step(self) -> int:
+        """The step at which the run's own history begins: that of a fork, or 0."""
+        return 0 if self.forked_from is None else int(self.forked_from["step"])
+
+    @property
+    def forked_from(self) -> dict[str, Any] | None:
+        """The run that it was forked from, as in `trainer.json`; None if it was not."""
+        values = self.trainers[self.last_step].get("forked_from") if self.checkpoints else None
+        return values if isinstance(values, dict) else None
+
+    @property
+    def last_step(self) -> int:
+        """The step of the newest valid checkpoint; 0 if there is none."""
+        return max(self.checkpoints, default=0)
+
+    def checkpoint_before(self, step: int) -> int:
+        """The step of the newest valid checkpoint at or before a step; 0: the beginning.
+
+        Raises:
+            UserError: there is none, and the run does not begin at step 0.
+        """
+        earlier = [saved for saved in self.checkpoints if saved <= step]
+        if earlier:
+            return max(earlier)
+        if self.first_step > 0:
+            assert self.forked_from is not None
+            raise UserError(
+                f"{self.run_dir}: begins after step {self.first_step}, where it was forked from "
+                f"{self.forked_from['run']}"
+            )
+        return 0
+
+    def start_at(self, step: int) -> Start | None:
+        """The start that took the step after `step` steps; None if the run does not say."""
+        begun = [start for start in self.starts if start.step <= step]
+        return begun[-1] if begun else None
+
+    def recipe_at(self, step: int) -> dict[str, Any]:
+        """The recipe by which the step after `step` steps was taken, whole."""
+        later = [start for start in self.starts if start.step > step]
+        begun = [start for start in self.starts if start.step <= step]
+        candidates = [start.recipe for start in [*begun[-1:], *later] if start.recipe is not None]
+        values = candidates[0] if candidates else self._saved_recipe
+        if values is None:
+            values = self._recipe_file
+
+        local = {key: self._recipe_file.get(key) for key in _LOCAL_SECTIONS}
+        local = {key: value for key, value in local.items() if value is not None}
+        merged = {**values, **local, "run_dir": str(self.run_dir)}
+        recipe = recipes.parse(merged, str(self.run_dir), self.overrides)
+        return recipe.model_dump(mode="json")
+
+    def legs(self, first: int, last: int, observes_from: int | None = None) -> list[Leg]:
+        """The legs that lead from the newest checkpoint before `first` to `last`.
+
+        Args:
+            first: steps done when the steps that matter begin.
+            last: steps done when they end.
+            observes_from: the first step that is observed; default: `first` + 1.
+        """
+        begin = self.checkpoint_before(first)
+        bounds = [start.step for start in self.starts if begin < start.step < last]
+        steps = [begin, *bounds, last]
+
+        legs: list[Leg] = []
+        for leg_first, leg_last in itertools.pairwise(steps):
+            start = self.start_at(leg_first)
+            facts = {} if start is None else start.circumstances
+            recipe = self.recipe_at(leg_first)
+            checkpoint = self.checkpoints.get(leg_first)
+            is_first = not legs
+            has_other_recipe = False
+            if leg_first > 0 and start is not None and start.step == leg_first:
+                has_other_recipe = _science(recipe) != _science(self.recipe_at(leg_first - 1))
+            if leg_first == self.first_step and self.forked_from is not None:
+                has_other_recipe = True
+
+            if is_first:
+                name = str(checkpoint) if leg_first else None
+            else:
+                name = SAVED
+                legs[-1].saves = True
+            legs.append(
+                Leg(
+                    recipe=recipe,
+                    ranks=int(facts.get("ranks") or self._ranks_of_checkpoint(leg_last)),
+                    threads=facts.get("threads"),
+                    on_cpu=facts.get("device", "cpu") == "cpu",
+                    first=leg_first,
+                    last=leg_last,
+                    checkpoint=name,
+                    has_other_recipe=has_other_recipe,
+                    observes_from=first + 1 if observes_from is None else observes_from,
+                )
+            )
+        return legs
+
+    def _ranks_of_checkpoint(self, step: int) -> int:
+        """How many ranks saved the first checkpoint at or after a step, or else the newest one."""
+        later = [saved for saved in sorted(self.checkpoints) if saved >= step]
+        steps = later or sorted(self.checkpoints)[-1:]
+        return int(self.trainers[steps[0]].get("world_size", 1)) if steps else 1
+
+    def describe_other_circumstances(self, first: int, last: int) -> list[str]:
+        """How this host differs from those that computed some steps, a line for each difference.
+
+        With any of them the last bits may differ.
+        """
+        processor = hardware.describe_processor()
+        torch_version = store.package_versions()["torch"]
+        lines: list[str] = []
+        for step in [first, *(start.step for start in self.starts if first < start.step < last)]:
+            start = self.start_at(step)
+            if start is None:
+                line = "the run does not say on which processor and by which versions it computed"
+                lines.append(line)
+                continue
+            facts = start.circumstances
+            if facts["device"] == "cpu" and facts["processor"] != processor:
+                lines.append(f"processor: {facts['processor']}, here {processor}")
+            if facts["versions"]["torch"] != torch_version:
+                lines.append(f"torch: {facts['versions']['torch']}, here {torch_version}")
+        return list(dict.fromkeys(lines))
+
+
+def read_history(run_dir: Path, overrides: Sequence[str] = ()) -> RunHistory:
+    """Read what the files of a run say, and verify its checkpoints.
+
+    Args:
+        run_dir: the run directory.
+        overrides: settings to change for the replay, such as `data.root=images`.
+
+    Raises:
+        UserError: it is no run directory, or its recipe cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+
+    recipe_file = _read_recipe_file(run_dir)
+    checkpoints = {}
+    trainers = {}
+    damaged = []
+    for step in store.list_steps(run_dir):
+        path = store.checkpoint_path(run_dir, step)
+        damage = store.find_damage(path)
+        if damage is not None:
+            damaged.append(f"{path}: {damage}")
+            continue
+        checkpoints[step] = path
+        trainers[step] = store.read_trainer(path)
+
+    history = RunHistory(run_dir, checkpoints, trainers, damaged, [], overrides)
+    history._recipe_file = recipe_file
+    if checkpoints:
+        newest = history.last_step
+        history.starts = parse_starts(trainers[newest].get("starts"))
+        history._saved_recipe = _read_saved_recipe(checkpoints[newest])
+    if checkpoints and (not history.starts or history.starts[0].step > history.first_step):
+        history.notes.append(
+            f"{run_dir}: its first steps were taken by a version of lrd that did not record ranks, "
+            "threads and processor; they are computed with the ranks of the checkpoint, and may "
+            "differ in the last bits"
+        )
+    history.recipe_at(history.last_step)  # refuses overrides that are wrong
+    return history
+
+
+def _read_recipe_file(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "recipe.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: contains no recipe")
+    return values
+
+
+def _read_saved_recipe(path: Path) -> dict[str, Any] | None:
+    """The recipe in a checkpoint's `config.json`; None in one of a former version."""
+    config = store.read_config_file(path)
+    values = config.get("lrd", {}).get("recipe")
+    return values if isinstance(values, dict) else None
+
+
+def _science(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that affect the results."""
+    return recipes.parse(values, "recipe").result_settings()
