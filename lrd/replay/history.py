@@ -16,6 +16,7 @@ from lrd.checkpoint.starts import Start, parse_starts
 from lrd.distributed import hardware
 from lrd.errors import UserError, first_line
 from lrd.replay.computing.plan import SAVED, Leg
+from lrd.replay.records import has_evaluation, read_records
 
 # Sections that are not in `config.json`, because they do not change the network.
 _LOCAL_SECTIONS = ("checkpoint", "tracking")
@@ -43,7 +44,7 @@ class RunHistory:
     overrides: Sequence[str] = ()
     notes: list[str] = field(default_factory=list)
     _recipe_file: dict[str, Any] = field(default_factory=dict)
-    _saved_recipe: dict[str, Any] | None = None
+    _saved_recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -92,9 +93,12 @@ class RunHistory:
         later = [start for start in self.starts if start.step > step]
         begun = [start for start in self.starts if start.step <= step]
         candidates = [start.recipe for start in [*begun[-1:], *later] if start.recipe is not None]
-        values = candidates[0] if candidates else self._saved_recipe
-        if values is None:
-            values = self._recipe_file
+        # Each checkpoint has the recipe of the start that saved it, also what does not affect the
+        # results, such as how often it evaluates.
+        for saved in sorted(self._saved_recipes):
+            if saved > step or saved == self.last_step:
+                candidates.append(self._saved_recipes[saved])
+        values = candidates[0] if candidates else self._recipe_file
 
         local = {key: self._recipe_file.get(key) for key in _LOCAL_SECTIONS}
         local = {key: value for key, value in local.items() if value is not None}
@@ -114,6 +118,8 @@ class RunHistory:
         bounds = [start.step for start in self.starts if begin < start.step < last]
         steps = [begin, *bounds, last]
 
+        # A start may have evaluated at its end because its recipe ended there.
+        records = read_records(self.run_dir) if bounds else {}
         legs: list[Leg] = []
         for leg_first, leg_last in itertools.pairwise(steps):
             start = self.start_at(leg_first)
@@ -143,6 +149,7 @@ class RunHistory:
                     checkpoint=name,
                     has_other_recipe=has_other_recipe,
                     observes_from=first + 1 if observes_from is None else observes_from,
+                    evaluates_at_end=leg_last in bounds and has_evaluation(records, leg_last),
                 )
             )
         return legs
@@ -204,9 +211,11 @@ def read_history(run_dir: Path, overrides: Sequence[str] = ()) -> RunHistory:
     history = RunHistory(run_dir, checkpoints, trainers, damaged, [], overrides)
     history._recipe_file = recipe_file
     if checkpoints:
-        newest = history.last_step
-        history.starts = parse_starts(trainers[newest].get("starts"))
-        history._saved_recipe = _read_saved_recipe(checkpoints[newest])
+        history.starts = parse_starts(trainers[history.last_step].get("starts"))
+        for step, path in checkpoints.items():
+            recipe = _read_saved_recipe(path)
+            if recipe is not None:
+                history._saved_recipes[step] = recipe
     if checkpoints and (not history.starts or history.starts[0].step > history.first_step):
         history.notes.append(
             f"{run_dir}: its first steps were taken by a version of lrd that did not record ranks, "

@@ -10,6 +10,8 @@ from typing import Any
 
 from lrd.tracking.event_file import read_scalars
 
+_EVALUATIONS = ("test/", "validation/")  # how the tags of evaluations begin
+
 Records = Mapping[int, Mapping[str, float]]  # step -> tag -> value, a float32
 
 # How the tags of times begin, which differ from run to run.
@@ -56,6 +58,11 @@ def read_records(run_dir: Path) -> dict[int, dict[str, float]]:
         for step, value in points:
             records.setdefault(step, {})[tag] = value
     return records
+
+
+def has_evaluation(records: Records, step: int) -> bool:
+    """Whether there is a record of an evaluation after a step."""
+    return any(tag.startswith(_EVALUATIONS) for tag in records.get(step, {}))
 
 
 def find_difference(

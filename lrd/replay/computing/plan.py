@@ -25,6 +25,7 @@ class Leg:
         has_other_recipe: whether the checkpoint is of a start with another recipe.
         observes_from: the first step that is observed; those before only lead there.
         expected: the checkpoint that the end is compared with; None: it is not compared.
+        evaluates_at_end: whether the run evaluated after the last step, whatever the recipe says.
         saves: whether the state at the end is saved, for the leg after it or for a fork.
     """
 
@@ -38,6 +39,7 @@ class Leg:
     has_other_recipe: bool = False
     observes_from: int = 0
     expected: str | None = None
+    evaluates_at_end: bool = False
     saves: bool = False
 
     def can_follow(self, other: Leg) -> bool:

@@ -45,7 +45,7 @@ from lrd.replay.computing.observers import (
 )
 from lrd.replay.computing.plan import SAVED, Leg, Plan
 from lrd.replay.computing.samples import save_samples
-from lrd.train import end_step, report_failure, take_step
+from lrd.train import end_step, report_failure, run_evaluation, take_step
 
 
 def run_plan(path: Path) -> int:
@@ -133,6 +133,8 @@ def run_legs(job: Job, plan: Plan, signals: StopSignals) -> int:
                 break
             if plan.watch.nonfinite and write_nonfinite(observers, results):
                 break
+            if leg.evaluates_at_end and job.last_eval_step != job.step:
+                run_evaluation(job, signals)
             end_leg(job, leg, out, results)
         results.write("time", steps=num_steps, seconds=time.perf_counter() - start)
     return EXIT_OK
