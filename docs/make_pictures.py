@@ -27,7 +27,8 @@ class Floor(NamedTuple):
 
 
 FLOORS = [
-    Floor("8 command", "#e8eefc", [Room("cli/", "the lrd command: tables and plots of runs", 1)]),
+    Floor("9 command", "#eef2fd", [Room("cli/", "the lrd command: tables and plots of runs", 1)]),
+    Floor("8 again", "#e8eefc", [Room("replay/", "steps of a run again: verify, diff, fork", 1)]),
     Floor(
         "7 loop",
         "#d9e4fb",

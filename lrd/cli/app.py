@@ -198,10 +198,19 @@ def runs(
         bool,
         typer.Option("--json", help="print a list of JSON objects in place of the table"),
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show the table anew every two seconds")
+    ] = False,
 ) -> None:
     """Show a table of runs: recipe, steps, test loss, best test accuracy, duration, date, state."""
-    from lrd.cli.tables import runs_table
+    from lrd.cli.tables import runs_table, watch_runs
 
+    if watch and as_json:
+        console.error("runs: --json prints once; leave --watch out")
+        raise typer.Exit(UserError.status)
+    if watch:
+        _run_or_exit(lambda: watch_runs(root, sort))
+        return
     _run_or_exit(lambda: runs_table(root, sort, as_json))
 
 

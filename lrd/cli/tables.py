@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SORT_KEYS: dict[str, Callable[[RunSummary], Any]] = {
     "date": lambda run: _last_if_none(run.updated, descending=True),
     "state": lambda run: run.state,
 }
+_SECONDS_BETWEEN_LOOKS = 2  # of `lrd runs --watch`
 _CHECKPOINT_COLUMNS = ["checkpoint", "size", "epoch", "best accuracy", "verified"]
 
 
@@ -55,6 +57,24 @@ def runs_table(root: Path, sort: str = "run", as_json: bool = False) -> None:
     console.listing(
         columns, rows, leave_out=["recipe", "date", "duration", "loss", "steps"], wrap="state"
     )
+
+
+def watch_runs(root: Path, sort: str) -> None:
+    """Show `runs_table` anew every few seconds, until Ctrl-C.
+
+    Raises:
+        UserError: see `runs_table`; or the output is no terminal.
+    """
+    if not console.stdout.is_terminal:
+        raise UserError("runs: --watch needs a terminal; --json prints once what there is")
+
+    with console.stdout.screen(), suppress(KeyboardInterrupt):
+        while True:
+            console.stdout.clear()
+            runs_table(root, sort)
+            now = time.strftime("%H:%M:%S")
+            console.info(f"{now}, every {_SECONDS_BETWEEN_LOOKS} s; Ctrl-C ends")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _describe_run(run: RunSummary) -> list[str]:

@@ -204,10 +204,14 @@ def fork(run_dir: Path, step: int, overrides: list[str], as_json: bool) -> None:
         computed = f"{forked.num_replayed} step(s) computed again"
     console.info(f"{forked.run_dir}: begins after step {forked.step} of {run_dir} ({computed})")
     for key, (before, now) in forked.changes.items():
-        console.info(f"  {key}: {before} before, {now} from here on")
+        console.info(f"  {key}: {_or_nothing(before)} before, {_or_nothing(now)} from here on")
     if not forked.changes:
         console.info("  with the same settings: it will take the steps that its parent took")
     console.info(f"start it: {command}")
+
+
+def _or_nothing(value: Any) -> str:
+    return "nothing" if value is None else str(value)
 
 
 def replay(

@@ -386,8 +386,9 @@ class Job:
             return self.has_other_settings(identity, str(path), "run_dir")
 
         changes = describe_changes(identity, self.result_settings, self.forked_from["run"])
-        for line in changes:
-            console.info(line)
+        if self.run_dir is not None:  # no replay, in which this was said before
+            for line in changes:
+                console.info(line)
         return bool(changes)
 
     def has_other_settings(self, saved: dict[str, Any], place: str, key: str) -> bool:

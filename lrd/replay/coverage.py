@@ -24,7 +24,7 @@ from lrd.replay.probe import Parameter, Trajectories, read_trajectories
 # Elements of one parameter that are looked at: those at its beginning.
 MAX_ELEMENTS = 1 << 16
 MAX_ROWS = 64  # elements whose masks are kept for the picture
-MAX_STEPS_SHOWN = 512  # the last ones
+MAX_STEPS_SHOWN = 200  # the last ones
 
 
 @dataclass

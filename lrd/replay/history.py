@@ -148,11 +148,20 @@ class RunHistory:
                     last=leg_last,
                     checkpoint=name,
                     has_other_recipe=has_other_recipe,
+                    data=self._fingerprint_after(leg_first),
                     observes_from=first + 1 if observes_from is None else observes_from,
                     evaluates_at_end=leg_last in bounds and has_evaluation(records, leg_last),
                 )
             )
         return legs
+
+    def _fingerprint_after(self, step: int) -> str | None:
+        """The fingerprint of the data with which the step after `step` steps was taken."""
+        later = [saved for saved in sorted(self.checkpoints) if saved > step]
+        if not later:
+            return None
+        fingerprint = self.trainers[later[0]].get("identity", {}).get("data.fingerprint")
+        return None if fingerprint is None else str(fingerprint)
 
     def _ranks_of_checkpoint(self, step: int) -> int:
         """How many ranks saved the first checkpoint at or after a step, or else the newest one."""

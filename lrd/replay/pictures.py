@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _KEPT = "#0072B2"
 _EXPECTED = "#D55E00"
 _MAX_TRACES = 16  # elements in one picture
-_IMAGES_IN_A_ROW = 12
+_IMAGES_IN_A_ROW = 16
 _MAX_ROWS_OF_IMAGES = 40
 
 

@@ -321,7 +321,7 @@ def test_a_host_without_the_data_or_with_other_data_is_named_before_anything_sta
     assert all(launched.end() != 0 for launched in launched_hosts)
     assert launched_hosts[0].lrd_lines == [
         "lrd: rank 2 on host1: data.root: data/train is not a folder; "
-        "imagefolder needs train/<class>/* and test/<class>/* there"
+        "imagefolder needs images in <class>/* there"
     ]
 
     write_images(two_hosts[1].folder / "data", shade=11)

@@ -23,6 +23,7 @@ class Leg:
         checkpoint: the state to begin with; None: that before the first step. `SAVED` is the state
             that the leg before has saved.
         has_other_recipe: whether the checkpoint is of a start with another recipe.
+        data: the fingerprint of the data, as the next checkpoint has it; None: it is not known.
         observes_from: the first step that is observed; those before only lead there.
         expected: the checkpoint that the end is compared with; None: it is not compared.
         evaluates_at_end: whether the run evaluated after the last step, whatever the recipe says.
@@ -37,6 +38,7 @@ class Leg:
     last: int
     checkpoint: str | None
     has_other_recipe: bool = False
+    data: str | None = None
     observes_from: int = 0
     expected: str | None = None
     evaluates_at_end: bool = False

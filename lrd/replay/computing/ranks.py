@@ -119,7 +119,7 @@ def run_legs(job: Job, plan: Plan, signals: StopSignals) -> int:
         for number, leg in enumerate(plan.legs):
             if number:
                 begin_leg(job, leg, out)
-            _require_same_settings(job, leg, out)
+            _require_same_settings(job, leg, out, plan.name)
 
             observers = make_observers(job, plan, leg, results)
             try:
@@ -181,22 +181,23 @@ def begin_leg(job: Job, leg: Leg, out: Path) -> None:
     load_checkpoint(job, checkpoint)
 
 
-def _require_same_settings(job: Job, leg: Leg, out: Path) -> None:
+def _require_same_settings(job: Job, leg: Leg, out: Path, plan_name: str) -> None:
     """Refuse to compute with other data, or with a recipe that was edited.
+
+    Args:
+        plan_name: of the run.
 
     Raises:
         UserError: a setting that affects the results is not that of the checkpoint.
     """
+    now = job.result_settings
     checkpoint = find_checkpoint(leg, out)
-    if checkpoint is None:
-        return
-    saved = store.read_trainer(checkpoint).get("identity", {})
-    if leg.has_other_recipe:
-        saved = {"data.fingerprint": saved.get("data.fingerprint")}
-        now = {"data.fingerprint": job.result_settings["data.fingerprint"]}
-    else:
-        now = job.result_settings
-    changes = describe_changes(saved, now, str(checkpoint))
+    changes = []
+    if checkpoint is not None and not leg.has_other_recipe:
+        saved = store.read_trainer(checkpoint).get("identity", {})
+        changes = describe_changes(saved, now, str(checkpoint))
+    elif leg.data is not None and leg.data != now["data.fingerprint"]:
+        changes = describe_changes({**now, "data.fingerprint": leg.data}, now, plan_name)
     if changes:
         raise UserError("\n".join([*changes, "a replay needs what the run had"]))
 

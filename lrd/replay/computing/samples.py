@@ -13,7 +13,7 @@ from lrd.job.setup import build_batches
 from lrd.job.state import Job
 
 FILE_NAME = "samples.pt"
-MAX_IMAGES = 24  # of a rank in a step
+MAX_IMAGES = 32  # of a rank in a step
 
 
 def save_samples(job: Job, steps: list[int], world_size: int, out: Path) -> None:
