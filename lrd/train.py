@@ -1,6 +1,10 @@
 """Training: the loop and `main()`.
 
 accelerate launch -m lrd.train RECIPE [section.key=value ...]
+
+`take_step` and `end_step` also take the steps of a replay (`lrd.replay`), which has neither writer
+nor tracker: what writes must look for them. A replay calls `save_checkpoint` too, where training
+did, because momentum is averaged and replicas are compared there.
 """
 
 from __future__ import annotations

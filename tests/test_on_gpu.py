@@ -72,6 +72,7 @@ def check_training(result: dict[str, Any]) -> None:
     assert 0 <= result["test_accuracy"] <= result["best_test_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_part_is_run_once_at_a_commit(tmp_path):
     first = run(tmp_path, "--parts", "resnet34", "tests")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -107,6 +108,7 @@ def test_a_part_without_its_packages_is_left_out(on_gpu, tmp_path, monkeypatch):
     assert results == {"resnet34": {"state": "skipped", "reason": reason}}
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why(on_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(on_gpu, "RECIPE", tmp_path / "none.yaml")
     result = on_gpu.run_parts(begin(on_gpu, tmp_path), ["resnet34"])["resnet34"]

@@ -31,7 +31,9 @@ class Start:
     Attributes:
         step: steps that were done when it began.
         circumstances: `ranks`, `threads` (of each rank), `device`, `processor`, `versions`,
-            `lrd_source` (a digest of lrd's source files), `sources` (of own parts, by their key).
+            `lrd_source` (a digest of lrd's source files), `sources` (of own parts, by their key);
+            `tracking` and `checkpoint`: sections of the recipe that decide what is recorded and
+            when it is saved.
         recipe: the settings by which it trained, as they are in `config.json`; None: those of the
             next start that has one, or else those of the checkpoint.
     """

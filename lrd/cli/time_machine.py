@@ -162,6 +162,8 @@ def _print_diff(result: RunDiff, first: Path, second: Path) -> None:
         return
     if result.record is not None:
         console.info(f"first record that differs: {result.record.describe()}")
+    if result.checkpoint is not None:
+        console.info(f"first checkpoints that differ: those of step {result.checkpoint}")
     if result.replayed is None:
         return
     console.info(f"computed again: steps {result.equal_until + 1} to {result.replayed}")
@@ -261,11 +263,14 @@ def _print_replay(result: Rerun, run_dir: Path) -> None:
     if result.rows:
         columns = ["step", "loss", "acc", "grad norm"]
         if result.norms:
-            columns.append("gradient grew most, against the median of these steps, in")
+            columns.append("largest gradients, relative to their median over these steps")
         rows = [_replay_row(result, step) for step in result.rows]
         console.table(f"{run_dir}: computed again", columns, rows)
         if result.difference is None:
-            console.info("all records of these steps came out again, bit for bit")
+            console.info(
+                f"{result.num_compared} records of these steps, all that the run has of them, came "
+                "out again, bit for bit"
+            )
         else:
             console.info(f"not as recorded: {result.difference}; recorded and computed")
     if result.nonfinite is not None:
@@ -343,9 +348,9 @@ def _print_verification(result: Verification, run_dir: Path) -> None:
         console.info(line)
     if not result.is_exact:
         console.info(
-            f"so not all bits can be the same: the records of the first "
-            f"{STEPS_COMPARED_ELSEWHERE} steps of each window are compared, within "
-            f"{TOLERANCE:g} of their value; weights are not"
+            "so not all bits can be the same: in windows that were computed elsewhere the records "
+            f"of the first {STEPS_COMPARED_ELSEWHERE} steps are compared, within {TOLERANCE:g} of "
+            "their value; weights are not"
         )
     for line in result.faults:
         console.error(line)

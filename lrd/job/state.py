@@ -298,6 +298,8 @@ class Job:
             "versions": {"lrd": __version__, **store.package_versions()},
             "lrd_source": self.source_digest,
             "sources": self.sources,
+            "tracking": self.recipe.tracking.model_dump(mode="json"),
+            "checkpoint": self.recipe.checkpoint.model_dump(mode="json", exclude={"mirror"}),
         }
 
     def _describe_network(self) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class RunDiff:
         circumstances: what else differs: versions, ranks, threads, processor, own source files.
         data: both fingerprints, if they differ; else None.
         record: the first record that differs; None if none does.
-        equal_until: steps after which both are known to be equal, by checkpoints or by ancestry.
+        checkpoint: the first step whose checkpoints differ; None if none do.
+        equal_until: steps after which both are known to be equal, by checkpoints or by ancestry;
+            from there they are computed again.
         common_steps: how many steps both have done.
         replayed: the last step up to which both were computed again; None: neither was.
         step: the first step after which the computed states differ; None if none does.
@@ -48,6 +50,7 @@ class RunDiff:
     circumstances: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     data: tuple[str, str] | None = None
     record: RecordDifference | None = None
+    checkpoint: int | None = None
     equal_until: int = 0
     common_steps: int = 0
     replayed: int | None = None
@@ -59,7 +62,7 @@ class RunDiff:
     @property
     def are_equal(self) -> bool:
         """Whether records and states are the same as far as both runs go."""
-        return self.record is None and self.step is None
+        return self.record is None and self.checkpoint is None and self.step is None
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -83,16 +86,15 @@ def diff(first: Path, second: Path, replays: bool = True, overrides: Sequence[st
     histories = (read_history(first, overrides), read_history(second, overrides))
     result = RunDiff()
     compare_files(histories, result)
-    first_unequal = _compare_checkpoints(histories, result)
+    result.checkpoint = _compare_checkpoints(histories, result)
 
-    bounds = [step for step in (first_unequal, _step_of(result.record)) if step is not None]
+    bounds = [step for step in (result.checkpoint, _step_of(result.record)) if step is not None]
     if not bounds or not replays:
         return result
     last = min(bounds)
     if last <= result.equal_until:  # a record of a step that both have in common was changed
-        result.equal_until = max(
-            (step for step in _common_checkpoints(histories) if step < last), default=0
-        )
+        earlier = [step for step in _common_checkpoints(histories) if step < last]
+        result.equal_until = max([_common_past(histories), *earlier])
     locate(histories, last, result)
     return result
 
@@ -118,9 +120,12 @@ def compare_files(histories: tuple[RunHistory, RunHistory], result: RunDiff) -> 
     all_records = [read_records(history.run_dir) for history in histories]
     last_steps = [max(records, default=0) for records in all_records]
     result.common_steps = min(last_steps)
-    begin = max(one.first_step, other.first_step) if _have_common_past(histories) else 0
     result.record = run_records.find_difference(
-        all_records[0], all_records[1], range(begin + 1, result.common_steps + 1)
+        all_records[0],
+        all_records[1],
+        range(_common_past(histories) + 1, result.common_steps + 1),
+        # Runs that record other steps or tags may take the same steps.
+        only_common=any(key.startswith("tracking.") for key in result.settings),
     )
 
 
@@ -145,6 +150,7 @@ def _last_circumstances(history: RunHistory) -> dict[str, Any]:
     facts = dict(start.circumstances)
     versions = facts.pop("versions", {})
     sources = facts.pop("sources", {})
+    facts = {key: value for key, value in facts.items() if key not in ("tracking", "checkpoint")}
     return {**facts, **versions, **sources}
 
 
@@ -175,6 +181,13 @@ def _have_common_past(histories: tuple[RunHistory, RunHistory]) -> bool:
     return origins[0] is not None and origins[0] == origins[1]
 
 
+def _common_past(histories: tuple[RunHistory, RunHistory]) -> int:
+    """The step up to which both are the same run; 0 if neither was forked from the other."""
+    if not _have_common_past(histories):
+        return 0
+    return max(history.first_step for history in histories)
+
+
 def _common_checkpoints(histories: tuple[RunHistory, RunHistory]) -> list[int]:
     return sorted(histories[0].checkpoints.keys() & histories[1].checkpoints.keys())
 
@@ -185,9 +198,7 @@ def _compare_checkpoints(histories: tuple[RunHistory, RunHistory], result: RunDi
     Returns:
         The first step whose checkpoints differ; None if none do.
     """
-    if _have_common_past(histories):
-        result.equal_until = max(history.first_step for history in histories)
-
+    result.equal_until = _common_past(histories)
     for step in _common_checkpoints(histories):
         named = [
             states.keep_tensors(states.name_values(store.read(history.checkpoints[step])))
@@ -200,7 +211,11 @@ def _compare_checkpoints(histories: tuple[RunHistory, RunHistory], result: RunDi
 
 
 def locate(histories: tuple[RunHistory, RunHistory], last: int, result: RunDiff) -> None:
-    """Compute both runs again up to a step, and find where their states begin to differ."""
+    """Compute both runs again up to a step, and find where their states begin to differ.
+
+    The step is found by digests. Once it is known, both are computed again up to it: to keep all
+    tensors of all steps would take far more memory.
+    """
     result.replayed = last
     first = result.equal_until
     watch = Watch(digests=True, records=True)

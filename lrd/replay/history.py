@@ -18,7 +18,8 @@ from lrd.errors import UserError, first_line
 from lrd.replay.computing.plan import SAVED, Leg
 from lrd.replay.records import has_evaluation, read_records
 
-# Sections that are not in `config.json`, because they do not change the network.
+# Sections that are not in `config.json`. They decide what is recorded, and with
+# `gradient_exchange: kept` when the momentum is averaged.
 _LOCAL_SECTIONS = ("checkpoint", "tracking")
 
 
@@ -100,19 +101,19 @@ class RunHistory:
                 candidates.append(self._saved_recipes[saved])
         values = candidates[0] if candidates else self._recipe_file
 
-        local = {key: self._recipe_file.get(key) for key in _LOCAL_SECTIONS}
+        facts = begun[-1].circumstances if begun else {}
+        local = {key: facts.get(key, self._recipe_file.get(key)) for key in _LOCAL_SECTIONS}
         local = {key: value for key, value in local.items() if value is not None}
         merged = {**values, **local, "run_dir": str(self.run_dir)}
         recipe = recipes.parse(merged, str(self.run_dir), self.overrides)
         return recipe.model_dump(mode="json")
 
-    def legs(self, first: int, last: int, observes_from: int | None = None) -> list[Leg]:
+    def legs(self, first: int, last: int) -> list[Leg]:
         """The legs that lead from the newest checkpoint before `first` to `last`.
 
         Args:
-            first: steps done when the steps that matter begin.
+            first: steps done when the steps that matter begin: those from `first` + 1 are observed.
             last: steps done when they end.
-            observes_from: the first step that is observed; default: `first` + 1.
         """
         begin = self.checkpoint_before(first)
         bounds = [start.step for start in self.starts if begin < start.step < last]
@@ -129,9 +130,10 @@ class RunHistory:
             is_first = not legs
             has_other_recipe = False
             if leg_first > 0 and start is not None and start.step == leg_first:
-                has_other_recipe = _science(recipe) != _science(self.recipe_at(leg_first - 1))
+                before = self.recipe_at(leg_first - 1)
+                has_other_recipe = _result_settings(recipe) != _result_settings(before)
             if leg_first == self.first_step and self.forked_from is not None:
-                has_other_recipe = True
+                has_other_recipe = True  # its first checkpoint is of its parent's recipe
 
             if is_first:
                 name = str(checkpoint) if leg_first else None
@@ -149,7 +151,7 @@ class RunHistory:
                     checkpoint=name,
                     has_other_recipe=has_other_recipe,
                     data=self._fingerprint_after(leg_first),
-                    observes_from=first + 1 if observes_from is None else observes_from,
+                    observes_from=first + 1,
                     evaluates_at_end=leg_last in bounds and has_evaluation(records, leg_last),
                 )
             )
@@ -179,9 +181,7 @@ class RunHistory:
         lines: list[str] = []
         for step in [first, *(start.step for start in self.starts if first < start.step < last)]:
             start = self.start_at(step)
-            if start is None:
-                line = "the run does not say on which processor and by which versions it computed"
-                lines.append(line)
+            if start is None:  # of a former version, see `notes`
                 continue
             facts = start.circumstances
             if facts["device"] == "cpu" and facts["processor"] != processor:
@@ -228,8 +228,8 @@ def read_history(run_dir: Path, overrides: Sequence[str] = ()) -> RunHistory:
     if checkpoints and (not history.starts or history.starts[0].step > history.first_step):
         history.notes.append(
             f"{run_dir}: its first steps were taken by a version of lrd that did not record ranks, "
-            "threads and processor; they are computed with the ranks of the checkpoint, and may "
-            "differ in the last bits"
+            "threads and processor; they are computed with the ranks of the checkpoint and the "
+            "threads of this start, and may differ in the last bits"
         )
     history.recipe_at(history.last_step)  # refuses overrides that are wrong
     return history
@@ -253,6 +253,6 @@ def _read_saved_recipe(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _science(values: dict[str, Any]) -> dict[str, Any]:
+def _result_settings(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that affect the results."""
     return recipes.parse(values, "recipe").result_settings()

@@ -127,14 +127,14 @@ class Probed:
 
     @property
     def num_moved(self) -> int:
-        """In how many steps its lr was above zero."""
-        return int((self.lrs > 0).sum())
+        """In how many steps its lr was not zero. One that is not known is not zero."""
+        return int((self.lrs != 0).sum())
 
     @property
     def longest_wait(self) -> int:
         """The most steps in a row in which its lr was zero."""
         longest = waited = 0
-        for moved in (self.lrs > 0).tolist():
+        for moved in (self.lrs != 0).tolist():
             waited = 0 if moved else waited + 1
             longest = max(longest, waited)
         return longest
@@ -278,8 +278,10 @@ def read_trajectories(run_dir: Path) -> Trajectories:
     segments = _build_segments(history, num_steps)
     is_skipped = _find_skipped(records, num_steps, notes)
     lrs = _find_lrs(history, records, segments, num_steps, notes)
+    previous = None
     for segment in segments:
-        _count_updates(history, segment, lrs, is_skipped, segments, notes)
+        _count_updates(history, segment, previous, lrs, is_skipped, notes)
+        previous = segment
     return Trajectories(segments, num_steps, lrs, is_skipped, notes)
 
 
@@ -322,11 +324,13 @@ def describe_parameters(network: nn.Module, optimizer: Optimizer) -> dict[str, P
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     groups = optimizer.param_groups
     has_dropout = get_lr_dropout(optimizer) is not None
-    indices = group_settings.mask_indices(groups) if has_dropout else [[0] * 10**6] * len(groups)
+    indices = [[0] * len(group["params"]) for group in groups]  # without masks they mean nothing
+    if has_dropout:
+        indices = group_settings.mask_indices(groups)
 
     parameters = {}
     for group, group_indices in zip(groups, indices, strict=True):
-        for tensor, index in zip(group["params"], group_indices, strict=False):
+        for tensor, index in zip(group["params"], group_indices, strict=True):
             name = names[id(tensor)]
             parameters[name] = Parameter(
                 name=name,
@@ -412,7 +416,9 @@ def _fill_from_schedule(
             if np.array_equal(window[known].astype(np.float32), values[known].astype(np.float32)):
                 window[is_missing] = values[is_missing]
                 continue
-        if not _fill_between_equal(window):
+        # ReduceLROnPlateau never raises the lr.
+        is_monotonic = segment.recipe.schedule.name == "ReduceLROnPlateau"
+        if not (is_monotonic and _fill_between_equal(window)):
             notes.append(
                 f"group {group}: between recorded steps the lr is not known, because it follows "
                 "from results or was changed by hand; `lrd replay` computes it"
@@ -444,14 +450,17 @@ def _steps_per_epoch(history: RunHistory) -> int | None:
 def _count_updates(
     history: RunHistory,
     segment: Segment,
+    previous: Segment | None,
     lrs: dict[str, NDArray[np.float64]],
     is_skipped: NDArray[np.bool_],
-    segments: Sequence[Segment],
     notes: list[str],
 ) -> None:
     """Count the updates of each group before each step of a segment: the masks' position.
 
     A step does not count if it was skipped, nor in a group whose lr was zero.
+
+    Args:
+        previous: the segment before it, which is counted; None: it is the first.
     """
     groups = {parameter.group for parameter in segment.parameters.values()}
     steps = slice(segment.first, segment.last)
@@ -460,15 +469,13 @@ def _count_updates(
         before = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
         total = int(counts.sum())
 
-        base = 0
-        if segment.first > 0:
-            previous = segments[segments.index(segment) - 1].updates.get(group)
-            base = (
-                segment.first
-                if previous is None
-                else int(previous[-1])
-                + int(not is_skipped[segment.first - 1] and lrs[group][segment.first - 1] != 0.0)
-            )
+        base = 0  # updates before the segment
+        if previous is not None and group in previous.updates:
+            last = segment.first - 1
+            last_counts = not is_skipped[last] and lrs[group][last] != 0.0
+            base = int(previous.updates[group][-1]) + int(last_counts)
+        elif previous is not None:  # a new group begins where it would be by now
+            base = segment.first
         anchors = _saved_counts(history, segment, group)
         for step, saved in anchors.items():
             counted = int(before[step - segment.first]) if step < segment.last else total

@@ -32,7 +32,8 @@ class Rerun:
         norms: step -> parameter -> norms of `gradient`, `update` and `weights`.
         samples: the file with the images; None: they were not asked for.
         nonfinite: the first value that was not finite; None: there was none, or nobody asked.
-        difference: the first record that is not the run's own, in one line; None: there is none.
+        num_compared: how many records were compared with those of the run.
+        difference: the first one that differs, in one line; None: none does.
         notes: what the run lacks, and how this host differs.
         num_steps, seconds: how many steps were taken, and how long that took.
     """
@@ -44,6 +45,7 @@ class Rerun:
     norms: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
     samples: Path | None = None
     nonfinite: dict[str, Any] | None = None
+    num_compared: int = 0
     difference: str | None = None
     notes: list[str] = field(default_factory=list)
     num_steps: int = 0
@@ -158,6 +160,9 @@ def _take(history: RunHistory, result: Rerun, found: Found) -> None:
         return
     recorded = read_records(history.run_dir)
     steps = range(result.first, min(max(recorded, default=0), max(result.rows)) + 1)
+    result.num_compared = sum(
+        len(recorded.get(step, {}).keys() & result.rows.get(step, {}).keys()) for step in steps
+    )
     difference = find_difference(recorded, result.rows, steps, only_common=True)
     result.difference = None if difference is None else difference.describe()
 

@@ -29,10 +29,11 @@ STEPS_COMPARED_ELSEWHERE = 3
 
 @dataclass
 class Window:
-    """What came of one window.
+    """The steps between two checkpoints, and what came of them.
 
     Attributes:
         first, last: the steps of the checkpoints at its ends; 0 is the beginning of the run.
+        is_exact: whether all bits were compared; else the first records, within TOLERANCE.
         fault: what does not follow; empty if all does.
         step: the step of the fault; None: there is none.
         name: the tensor or the tag of the fault.
@@ -40,6 +41,7 @@ class Window:
 
     first: int
     last: int
+    is_exact: bool = True
     fault: str = ""
     step: int | None = None
     name: str | None = None
@@ -53,14 +55,12 @@ class Verification:
         windows: in their order.
         faults: of checkpoints, by their files alone: damage, and links of the chain that are wrong.
         notes: what the run lacks, and how this host differs from those that computed it.
-        is_exact: whether all bits were compared; else records within TOLERANCE.
         steps, seconds: how many steps were computed again, and how long that took.
     """
 
     windows: list[Window]
     faults: list[str]
     notes: list[str] = field(default_factory=list)
-    is_exact: bool = True
     steps: int = 0
     seconds: float = 0.0
 
@@ -68,8 +68,13 @@ class Verification:
     def is_valid(self) -> bool:
         return not self.faults and not any(window.fault for window in self.windows)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all bits were compared in all windows."""
+        return all(window.is_exact for window in self.windows)
+
     def as_json(self) -> dict[str, Any]:
-        return {"valid": self.is_valid, **asdict(self)}
+        return {"valid": self.is_valid, "is_exact": self.is_exact, **asdict(self)}
 
 
 def verify(
@@ -95,8 +100,12 @@ def verify(
         drawn = random.Random(seed).sample(range(len(windows)), num_windows)
         windows = [windows[number] for number in sorted(drawn)]
 
-    notes = history.describe_other_circumstances(windows[0].first, windows[-1].last)
-    result = Verification(windows, faults, [*history.notes, *notes], is_exact=not notes)
+    notes = list(history.notes)
+    for window in windows:
+        differences = history.describe_other_circumstances(window.first, window.last)
+        window.is_exact = not differences
+        notes += [line for line in differences if line not in notes]
+    result = Verification(windows, faults, notes)
     legs = plan_legs(history, windows)
     with scratch_folder() as out:
         found = compute(legs, Watch(records=True), out, history.name)
@@ -144,26 +153,24 @@ def judge(history: RunHistory, result: Verification, found: Found) -> None:
     result.steps = found.steps
     result.seconds = found.seconds
     compared = {values["step"]: values for values in found.compared}
-    tolerance = 0.0 if result.is_exact else TOLERANCE
 
     for window in result.windows:
-        last = window.last
-        if not result.is_exact:
-            last = min(last, window.first + STEPS_COMPARED_ELSEWHERE)
-        record = find_difference(
-            recorded, found.records, range(window.first + 1, last + 1), tolerance
-        )
-        state = compared[window.last] if result.is_exact else {"difference": None}
+        state = compared[window.last]
+        if not window.is_exact:
+            steps = range(window.first + 1, window.first + 1 + STEPS_COMPARED_ELSEWHERE)
+            record = find_difference(recorded, found.records, steps, TOLERANCE)
+            state = {"difference": None}
+        else:
+            steps = range(window.first + 1, window.last + 1)
+            record = find_difference(recorded, found.records, steps)
 
         if record is not None:
             window.step = record.step
             window.name = record.tag
-            window.fault = f"the record differs: {record.describe()}; recorded and computed"
-            if state["difference"] is None and result.is_exact:
+            window.fault = f"records (recorded and computed): {record.describe()}"
+            if state["difference"] is None and window.is_exact:
                 window.fault += "; the state at the end of the window follows"
         elif state["difference"] is not None:
             window.step = window.last
             window.name = state["difference"]["name"]
-            window.fault = (
-                f"step {window.last}: the checkpoint differs: {state['text']}; computed and saved"
-            )
+            window.fault = f"checkpoint {window.last} (computed and saved): {state['text']}"

@@ -69,7 +69,7 @@ class FlipBit(Observer):
         self.name = name
         self.element = element
 
-    def after_step(self, job: Job) -> None:
+    def after_update(self, job: Job) -> None:
         if job.step == self.step:
             flip_lowest_bit(find_tensor(job, self.name), self.element)
 

@@ -145,7 +145,24 @@ def assert_two_parts_equal_one(tmp_path: Path, overrides: list[str]) -> None:
             assert records[tag][-1] == expected_records[tag][-1], tag
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others differ by torch's arithmetic alone.
+QUICK_CASES = [
+    "SGD with Nesterov, groups",
+    "NAdam with Magma, groups, ExponentialLR",
+    "Adagrad, ReduceLROnPlateau",
+    "RMSprop, accumulation and clipping",
+    "SGD, OneCycleLR, average, held-out images, mixed images, smoothed labels",
+    "Adam, CosineAnnealingWarmRestarts, network with dropout",
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK_CASES,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in QUICK_CASES),
+    ],
+)
 def test_a_run_in_two_parts_equals_the_run_in_one(tmp_path: Path, name: str) -> None:
     assert_two_parts_equal_one(tmp_path, CASES[name])
 

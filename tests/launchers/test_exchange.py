@@ -23,7 +23,8 @@ from tests.helpers.tensorboard_events import read_scalars
 KEPT = ("trainer.gradient_exchange=kept", "lr_dropout.keep_prob=0.3", "data.batch_size=96")
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as other runs that are killed; what is its own is in tests/exchange
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_a_run_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path, ranks: int) -> None:
     """Once all its processes are killed, once one rank: the others cannot save the state."""
     overrides = (*STEPS, *KEPT, f"trainer.epochs={2 if ranks == 2 else 3}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.faults.kills import SHORT, kill_at_random, kill_in_save
 from tests.faults.lab import Lab, Trial
 
@@ -12,6 +14,7 @@ from tests.faults.lab import Lab, Trial
 BEFORE_A_RENAME = 13
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_an_undisturbed_run(tmp_path: Path) -> None:
     lab = Lab(tmp_path, seed=1)
     trials = [

@@ -111,7 +111,8 @@ def test_a_mirror_that_fails_does_not_disturb_the_run(
     done = launch(mirrored(1, tmp_path / "run", url))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("could not be uploaded") == 1
-    assert done.stdout.count("works again, has the checkpoint of step 44") == 1
+    # The upload that failed may be that of an earlier step: some errors are tried again at once.
+    assert done.stdout.count("works again, has the checkpoint of step ") == 1
     assert_same_end(tmp_path / "run", undisturbed[1])
     assert steps_in(server, url)[-1] == NUM_STEPS
 

@@ -182,6 +182,7 @@ def stop_this_process_when(condition: Callable[[], bool]) -> None:
     threading.Thread(target=wait_and_stop).start()
 
 
+@pytest.mark.slow
 def test_a_study_that_is_stopped_or_killed_takes_its_runs_along(tmp_path):
     path = write_study(tmp_path, "base: base.yaml\nseeds: 1\narms: {A: , B: }", LONG_BASE)
     first = load_study(path, tmp_path / "runs", []).runs[0]

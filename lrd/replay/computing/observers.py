@@ -19,17 +19,14 @@ from lrd.tracking.recorder import Recorder
 class Observer:
     """Looks at each step of a replay. Each rank has its own."""
 
-    def before_step(self, job: Job) -> None:
-        """Called before the batch of a step is loaded."""
-
     def before_update(self, job: Job) -> None:
         """Called before the optimizer's step, when the gradients are those it will see."""
 
-    def after_step(self, job: Job) -> None:
-        """Called when `job.step` steps are done, before what is due after a step."""
+    def after_update(self, job: Job) -> None:
+        """Called after the optimizer's step, when `job.step` counts it, or where it was skipped."""
 
-    def at_step_end(self, job: Job) -> None:
-        """Called after evaluation and all else that is due after the step."""
+    def after_evaluation(self, job: Job) -> None:
+        """Called after the evaluation and all else that is due after a step, at its very end."""
 
     def take_scalar(self, step: int, tag: str, value: float) -> None:
         """Called for each scalar that the run records."""
@@ -40,7 +37,10 @@ class Observer:
 
 
 class ObservedRecorder(Recorder):
-    """Computes the scalars that the run records, and hands them to observers."""
+    """Computes the scalars that the run records, and hands them to observers.
+
+    The training loop tells its recorder of each update; so the observers learn of it.
+    """
 
     def __init__(self, job: Job, observers: Sequence[Observer]) -> None:
         super().__init__(job.raw_model, job.raw_optimizer, job.recipe.tracking.probes)
@@ -53,7 +53,7 @@ class ObservedRecorder(Recorder):
 
     def record_update(self, step: int) -> None:
         for observer in self._observers:
-            observer.after_step(self._job)
+            observer.after_update(self._job)
 
     def _add_scalar(self, tag: str, value: float, step: int) -> None:
         super()._add_scalar(tag, value, step)
@@ -96,7 +96,7 @@ class DigestObserver(Observer):
         self._results = results
         self._first = first
 
-    def at_step_end(self, job: Job) -> None:
+    def after_evaluation(self, job: Job) -> None:
         if job.step < self._first:
             return
         values = read_values(job)
@@ -125,7 +125,7 @@ class DumpObserver(Observer):
         self._step = step
         self._out = out
 
-    def at_step_end(self, job: Job) -> None:
+    def after_evaluation(self, job: Job) -> None:
         if job.step != self._step:
             return
         values = read_values(job)
@@ -152,7 +152,7 @@ class NormObserver(Observer):
                 self._gradients[name] = _norm(parameter.grad)
 
     @torch.no_grad()
-    def after_step(self, job: Job) -> None:
+    def after_update(self, job: Job) -> None:
         if not self._old:  # not observed, or skipped
             return
         norms = {
@@ -209,7 +209,7 @@ class NonfiniteObserver(Observer):
 
         return look
 
-    def after_step(self, job: Job) -> None:
+    def after_update(self, job: Job) -> None:
         for name, parameter in job.raw_model.named_parameters():
             self._look_at(parameter, f"{name} after its update", step=job.step)
 

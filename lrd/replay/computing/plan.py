@@ -22,7 +22,8 @@ class Leg:
         last: steps done when it ends.
         checkpoint: the state to begin with; None: that before the first step. `SAVED` is the state
             that the leg before has saved.
-        has_other_recipe: whether the checkpoint is of a start with another recipe.
+        has_other_recipe: whether the checkpoint is of a start with another recipe, so that its
+            settings need not be those of this leg.
         data: the fingerprint of the data, as the next checkpoint has it; None: it is not known.
         observes_from: the first step that is observed; those before only lead there.
         expected: the checkpoint that the end is compared with; None: it is not compared.
@@ -45,7 +46,10 @@ class Leg:
     saves: bool = False
 
     def can_follow(self, other: Leg) -> bool:
-        """Whether the same processes can go on with this leg after another one."""
+        """Whether the same processes can go on with this leg after another one.
+
+        A saved state is read by new processes, because their circumstances or recipe differ.
+        """
         return (
             self.checkpoint not in (None, SAVED)
             and not self.has_other_recipe
@@ -53,7 +57,7 @@ class Leg:
             and self.recipe == other.recipe
             and (self.ranks, self.threads, self.on_cpu)
             == (other.ranks, other.threads, other.on_cpu)
-            # Their momentum is the rank's own until it is averaged.
+            # With it the momentum is each rank's own between two checkpoints.
             and self.recipe["trainer"].get("gradient_exchange") != "kept"
         )
 

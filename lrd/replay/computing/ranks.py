@@ -168,7 +168,7 @@ class _ShownProgress(Observer):
         self._profile_step = profile_step
         self._num_steps = 0
 
-    def at_step_end(self, job: Job) -> None:
+    def after_evaluation(self, job: Job) -> None:
         self._num_steps += 1
         self._meter.update(self._num_steps, f"step {job.step}")
         self._profile_step()
@@ -181,11 +181,11 @@ def begin_leg(job: Job, leg: Leg, out: Path) -> None:
     load_checkpoint(job, checkpoint)
 
 
-def _require_same_settings(job: Job, leg: Leg, out: Path, plan_name: str) -> None:
+def _require_same_settings(job: Job, leg: Leg, out: Path, run_name: str) -> None:
     """Refuse to compute with other data, or with a recipe that was edited.
 
     Args:
-        plan_name: of the run.
+        run_name: of the run.
 
     Raises:
         UserError: a setting that affects the results is not that of the checkpoint.
@@ -197,7 +197,7 @@ def _require_same_settings(job: Job, leg: Leg, out: Path, plan_name: str) -> Non
         saved = store.read_trainer(checkpoint).get("identity", {})
         changes = describe_changes(saved, now, str(checkpoint))
     elif leg.data is not None and leg.data != now["data.fingerprint"]:
-        changes = describe_changes({**now, "data.fingerprint": leg.data}, now, plan_name)
+        changes = describe_changes({**now, "data.fingerprint": leg.data}, now, run_name)
     if changes:
         raise UserError("\n".join([*changes, "a replay needs what the run had"]))
 
@@ -246,12 +246,10 @@ def replay_steps(
         stop_signal = end_step(job, progress, signals, stop_signal)
 
     while job.step < last and not stop_signal:
-        for observer in observers:
-            observer.before_step(job)
         stop_signal = take_step(job, guard, progress, signals)
         stop_signal = end_step(job, progress, signals, stop_signal)
         for observer in observers:
-            observer.at_step_end(job)
+            observer.after_evaluation(job)
         if ends_early and any(all_gather_values(any(observer.is_done() for observer in observers))):
             break
     return not stop_signal
@@ -291,7 +289,7 @@ def compare_with_checkpoint(
 def main(arguments: list[str] | None = None) -> None:
     """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace-back while modules are imported
     try:
         check_launch_variables()
         end_with_launcher()

@@ -40,8 +40,24 @@ def flip(raw: bytes, position: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "empty"])
-@pytest.mark.parametrize("file", [*FILES, "manifest.json"])
+# All combinations are slow; these have each damage and each file.
+DAMAGES = ["flipped", "truncated", "missing", "empty"]
+QUICK_DAMAGES = [("manifest.json", damage) for damage in DAMAGES]
+QUICK_DAMAGES += [(file, DAMAGES[number % 4]) for number, file in enumerate(FILES)]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *QUICK_DAMAGES,
+        *(
+            pytest.param(file, damage, marks=pytest.mark.slow)
+            for file in FILES
+            for damage in DAMAGES
+            if (file, damage) not in QUICK_DAMAGES
+        ),
+    ],
+)
 def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(
     saved, server: S3Server, url, tmp_path, capsys, file, damage
 ):
