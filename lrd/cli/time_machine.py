@@ -23,7 +23,7 @@ from lrd.replay.diff import diff as diff_runs
 from lrd.replay.fork import fork as fork_run
 from lrd.replay.probe import ProbeResult, write_probes
 from lrd.replay.probe import probe as probe_run
-from lrd.replay.rerun import STEPS_AROUND, Rerun, rerun
+from lrd.replay.rerun import Rerun, rerun, steps_around
 from lrd.replay.verify import STEPS_COMPARED_ELSEWHERE, TOLERANCE, Verification
 from lrd.replay.verify import verify as verify_run
 
@@ -238,7 +238,7 @@ def replay(
     if around is not None:
         if first is not None or last is not None:
             raise UserError("replay: give --around, or --from and --to")
-        first, last = max(1, around - STEPS_AROUND), around + STEPS_AROUND
+        first, last = steps_around(run_dir, around)
     if first is None or last is None:
         raise UserError("replay: say which steps: --from and --to, or --around")
 

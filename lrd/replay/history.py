@@ -150,20 +150,23 @@ class RunHistory:
                     last=leg_last,
                     checkpoint=name,
                     has_other_recipe=has_other_recipe,
-                    data=self._fingerprint_after(leg_first),
+                    settings=self._settings_after(leg_first),
                     observes_from=first + 1,
                     evaluates_at_end=leg_last in bounds and has_evaluation(records, leg_last),
                 )
             )
         return legs
 
-    def _fingerprint_after(self, step: int) -> str | None:
-        """The fingerprint of the data with which the step after `step` steps was taken."""
+    def _settings_after(self, step: int) -> dict[str, Any] | None:
+        """The settings with which the step after `step` steps was taken, by a checkpoint after it.
+
+        None if the start that took it has left none.
+        """
         later = [saved for saved in sorted(self.checkpoints) if saved > step]
-        if not later:
+        if not later or self.start_at(later[0] - 1) != self.start_at(step):
             return None
-        fingerprint = self.trainers[later[0]].get("identity", {}).get("data.fingerprint")
-        return None if fingerprint is None else str(fingerprint)
+        settings = self.trainers[later[0]].get("identity")
+        return settings if isinstance(settings, dict) else None
 
     def _ranks_of_checkpoint(self, step: int) -> int:
         """How many ranks saved the first checkpoint at or after a step, or else the newest one."""

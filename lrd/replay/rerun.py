@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard.summary import scalar
 
+from lrd.checkpoint.run_dir import read_status
 from lrd.errors import UserError
 from lrd.replay.computing.launching import Found, compute, scratch_folder
 from lrd.replay.computing.plan import Leg, Watch
@@ -90,7 +91,13 @@ def rerun(
     """
     history = read_history(run_dir, overrides)
     if not history.first_step < first <= last:
-        raise UserError(f"replay: steps {first} to {last}: a step has a number from 1")
+        raise UserError(
+            f"replay: steps {first} to {last}: the first is {history.first_step + 1} or later, and "
+            "not later than the last"
+        )
+    total_steps = (read_status(run_dir) or {}).get("total_steps")
+    if isinstance(total_steps, int) and last > total_steps:
+        raise UserError(f"replay: step {last}: the run has {total_steps} steps")
     out = out or run_dir / "replays" / f"steps-{first}-{last}"
     out.mkdir(parents=True, exist_ok=True)
 
@@ -114,6 +121,15 @@ def rerun(
     if norms:
         write_norms(result)
     return result
+
+
+def steps_around(run_dir: Path, step: int) -> tuple[int, int]:
+    """The first and last of the steps around one, as far as the run has them."""
+    total_steps = (read_status(run_dir) or {}).get("total_steps")
+    last = step + STEPS_AROUND
+    if isinstance(total_steps, int):
+        last = max(step, min(last, total_steps))
+    return max(1, step - STEPS_AROUND), last
 
 
 def _plan(history: RunHistory, first: int, last: int, ranks: int | None, watch: Watch) -> list[Leg]:

@@ -24,7 +24,8 @@ class Leg:
             that the leg before has saved.
         has_other_recipe: whether the checkpoint is of a start with another recipe, so that its
             settings need not be those of this leg.
-        data: the fingerprint of the data, as the next checkpoint has it; None: it is not known.
+        settings: those that affect the results, as the next checkpoint of the same start has them;
+            None: there is none.
         observes_from: the first step that is observed; those before only lead there.
         expected: the checkpoint that the end is compared with; None: it is not compared.
         evaluates_at_end: whether the run evaluated after the last step, whatever the recipe says.
@@ -39,7 +40,7 @@ class Leg:
     last: int
     checkpoint: str | None
     has_other_recipe: bool = False
-    data: str | None = None
+    settings: dict[str, Any] | None = None
     observes_from: int = 0
     expected: str | None = None
     evaluates_at_end: bool = False

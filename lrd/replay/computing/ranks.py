@@ -85,7 +85,7 @@ def parse_recipe(leg: Leg, out: Path, profile: bool) -> recipes.Recipe:
     values = {**leg.recipe, "run_dir": str(out)}
     trainer = {**values["trainer"], "device": "cpu" if leg.on_cpu else "cuda"}
     checkpoint = {**values.get("checkpoint", {}), "mirror": None}
-    checkpoint["allow_changed"] = leg.has_other_recipe
+    checkpoint["allow_changed"] = True  # what differs is refused by `_require_same_settings`
     if profile:
         trainer["profile"] = max(1, leg.last - leg.observes_from + 1)
     values |= {"trainer": trainer, "checkpoint": checkpoint}
@@ -191,13 +191,11 @@ def _require_same_settings(job: Job, leg: Leg, out: Path, run_name: str) -> None
         UserError: a setting that affects the results is not that of the checkpoint.
     """
     now = job.result_settings
+    saved = leg.settings
     checkpoint = find_checkpoint(leg, out)
-    changes = []
-    if checkpoint is not None and not leg.has_other_recipe:
-        saved = store.read_trainer(checkpoint).get("identity", {})
-        changes = describe_changes(saved, now, str(checkpoint))
-    elif leg.data is not None and leg.data != now["data.fingerprint"]:
-        changes = describe_changes({**now, "data.fingerprint": leg.data}, now, run_name)
+    if saved is None and checkpoint is not None and not leg.has_other_recipe:
+        saved = store.read_trainer(checkpoint).get("identity")
+    changes = describe_changes(saved or now, now, run_name)
     if changes:
         raise UserError("\n".join([*changes, "a replay needs what the run had"]))
 
