@@ -22,6 +22,7 @@ from typing import Any
 
 STEP = "step"
 RECIPE = "recipe"
+LENGTH_KEYS = {"epochs", "max_steps", "eval_every"}  # of the recipe's `trainer`
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Start:
         step: steps that were done when it began.
         circumstances: `ranks`, `threads` (of each rank), `device`, `processor`, `versions`,
             `lrd_source` (a digest of lrd's source files), `sources` (of own parts, by their key);
-            `tracking` and `checkpoint`: sections of the recipe that decide what is recorded and
-            when it is saved.
+            `tracking`, `checkpoint` and `trainer`: what in these sections of the recipe decides
+            what is recorded, and when it is evaluated and saved.
         recipe: the settings by which it trained, as they are in `config.json`; None: those of the
             next start that has one, or else those of the checkpoint.
     """

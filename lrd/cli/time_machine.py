@@ -64,7 +64,7 @@ def probe(
         _say(as_json, f"for TensorBoard: {folder}")
     _draw(out, lambda: pictures.plot_probes(result), as_json)
     if as_json:
-        console.info(json.dumps(result.as_json()))
+        _print_json(result.as_json())
         return
     _print_probes(result)
 
@@ -95,7 +95,7 @@ def _show_coverage(
     found = measure_coverage(run_dir, patterns, until)
     _draw(out, lambda: pictures.plot_coverage(found), as_json)
     if as_json:
-        console.info(json.dumps([coverage.as_json() for coverage in found]))
+        _print_json([coverage.as_json() for coverage in found])
         return
 
     columns = ["parameter", "elements", "moved", "keep_prob", "moves", "longest wait", "never"]
@@ -114,7 +114,7 @@ def _coverage_row(coverage: Coverage) -> list[str]:
         coverage.name,
         elements,
         f"{fraction:.4f}",
-        f"{coverage.keep_prob:g}",
+        "changed" if coverage.keep_prob is None else f"{coverage.keep_prob:g}",
         f"{coverage.moves.min()} to {coverage.moves.max()}",
         f"{coverage.longest.max()}",
         f"{coverage.never_moved:,}",
@@ -130,7 +130,7 @@ def diff(first: Path, second: Path, replays: bool, overrides: list[str], as_json
     with _stdout_for_json(as_json):
         result = diff_runs(first, second, replays, overrides)
     if as_json:
-        console.info(json.dumps(result.as_json()))
+        _print_json(result.as_json())
     else:
         _print_diff(result, first, second)
     return result.are_equal
@@ -172,7 +172,9 @@ def _print_diff(result: RunDiff, first: Path, second: Path) -> None:
         console.info(f"first state that differs: after step {result.step}")
         console.info(f"  {result.difference.describe()}")
         return
-    console.info("the computed states are equal: what differs does not follow from the runs")
+    console.info("the computed states are equal")
+    if result.not_reproduced:
+        console.info("what differs does not follow from recipe, data and code:")
     for line in result.not_reproduced:
         console.info(f"  {line}")
 
@@ -198,7 +200,7 @@ def fork(run_dir: Path, step: int, overrides: list[str], as_json: bool) -> None:
             "replayed": forked.num_replayed,
             "command": command,
         }
-        console.info(json.dumps(values))
+        _print_json(values)
         return
 
     computed = "its checkpoint"
@@ -207,7 +209,12 @@ def fork(run_dir: Path, step: int, overrides: list[str], as_json: bool) -> None:
     console.info(f"{forked.run_dir}: begins after step {forked.step} of {run_dir} ({computed})")
     for key, (before, now) in forked.changes.items():
         console.info(f"  {key}: {_or_nothing(before)} before, {_or_nothing(now)} from here on")
-    if not forked.changes:
+    if not forked.is_exact:
+        console.info(
+            "  with gradient_exchange=kept the momentum is averaged here, which its parent did not "
+            "do, so both agree only up to rounding"
+        )
+    elif not forked.changes:
         console.info("  with the same settings: it will take the steps that its parent took")
     console.info(f"start it: {command}")
 
@@ -251,7 +258,7 @@ def replay(
             samples_path = result.samples
             write_picture(lambda: pictures.plot_samples(samples_path), picture)
     if as_json:
-        console.info(json.dumps(result.as_json()))
+        _print_json(result.as_json())
     else:
         _print_replay(result, run_dir)
     return result.difference is None
@@ -267,10 +274,11 @@ def _print_replay(result: Rerun, run_dir: Path) -> None:
         rows = [_replay_row(result, step) for step in result.rows]
         console.table(f"{run_dir}: computed again", columns, rows)
         if result.difference is None:
-            console.info(
-                f"{result.num_compared} records of these steps, all that the run has of them, came "
-                "out again, bit for bit"
-            )
+            compared = f"{result.num_compared} records of these steps, all that the run has of them"
+            if result.num_compared:
+                console.info(f"{compared}, came out again, bit for bit")
+            else:
+                console.info("the run has no record of these steps to compare with")
         else:
             console.info(f"not as recorded: {result.difference}; recorded and computed")
     if result.nonfinite is not None:
@@ -337,7 +345,7 @@ def verify(
     with _stdout_for_json(as_json):
         result = verify_run(run_dir, num_windows, seed, overrides)
     if as_json:
-        console.info(json.dumps(result.as_json()))
+        _print_json(result.as_json())
     else:
         _print_verification(result, run_dir)
     return result.is_valid
@@ -363,6 +371,19 @@ def _print_verification(result: Verification, run_dir: Path) -> None:
         console.info("weights, optimizer state and records follow, bit for bit")
     elif result.is_valid:
         console.info("the records follow, within the tolerance")
+
+
+def _print_json(values: Any) -> None:
+    """Print values as JSON, which has no NaN and no infinity: these become null."""
+    console.info(json.dumps(_without_nonfinite(values), allow_nan=False))
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(out: Path | None, draw: Callable[[], Figure], as_json: bool) -> None:

@@ -48,7 +48,7 @@ from lrd.parts.checks import check_optimizer, check_schedule
 from lrd.parts.losses import build_loss, check_loss
 from lrd.parts.models import build_model, check_model, residual_blocks
 from lrd.parts.optimizers import build_optimizer
-from lrd.parts.schedules import Schedule, depends_on_length, total_steps
+from lrd.parts.schedules import Schedule, result_settings, total_steps
 from lrd.parts.sync_batchnorm import convert_sync_batchnorm
 from lrd.parts.weights import load_weights
 from lrd.recipe import named
@@ -270,10 +270,6 @@ def build_job(
         steps_per_epoch=batches.steps_per_epoch,
     )
 
-    result_settings = {**recipe.result_settings(), "data.fingerprint": fingerprint}
-    if depends_on_length(recipe.schedule):
-        result_settings["trainer.epochs"] = recipe.trainer.epochs
-
     all_steps = total_steps(recipe, batches.steps_per_epoch)
     batches.end_step = all_steps
     return Job(
@@ -288,7 +284,7 @@ def build_job(
         schedule=schedule,
         loss_function=loss_function,
         total_steps=all_steps,
-        result_settings=result_settings,
+        result_settings={**result_settings(recipe), "data.fingerprint": fingerprint},
         sources={},
         start_weights_digest=start_weights_digest,
         roll_call=roll_call,

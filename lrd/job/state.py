@@ -20,7 +20,7 @@ from lrd.checkpoint import network_config, store
 from lrd.checkpoint.async_writer import AsyncWriter
 from lrd.checkpoint.mirror.claim import Claim
 from lrd.checkpoint.run_dir import RunDir
-from lrd.checkpoint.starts import add_start
+from lrd.checkpoint.starts import LENGTH_KEYS, add_start
 from lrd.data.batches import TrainingBatches
 from lrd.data.images import Dataset, storage_of_fingerprint
 from lrd.distributed import hardware
@@ -298,6 +298,7 @@ class Job:
             "versions": {"lrd": __version__, **store.package_versions()},
             "lrd_source": self.source_digest,
             "sources": self.sources,
+            "trainer": self.recipe.trainer.model_dump(mode="json", include=LENGTH_KEYS),
             "tracking": self.recipe.tracking.model_dump(mode="json"),
             "checkpoint": self.recipe.checkpoint.model_dump(mode="json", exclude={"mirror"}),
         }

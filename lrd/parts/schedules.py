@@ -205,6 +205,14 @@ def depends_on_length(section: recipes.Schedule) -> bool:
     return False
 
 
+def result_settings(recipe: recipes.Recipe) -> dict[str, Any]:
+    """The recipe's `result_settings`, with the length of the run where the lr depends on it."""
+    settings = recipe.result_settings()
+    if depends_on_length(recipe.schedule):
+        settings["trainer.epochs"] = recipe.trainer.epochs
+    return settings
+
+
 def lr_trajectory(recipe: recipes.Recipe, steps_per_epoch: int) -> dict[str, list[float]]:
     """The lr of each step and parameter group that a recipe leads to, without training.
 

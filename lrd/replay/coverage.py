@@ -34,7 +34,7 @@ class Coverage:
     Attributes:
         name: of the parameter.
         shape: of the parameter.
-        keep_prob: of its masks, in the last step.
+        keep_prob: of its masks; None: it was changed in the run.
         num_steps: steps in which its group could have moved: those that were not skipped.
         moves: how often each element moved, int64 (elements,).
         waits: how many waits of each length there were, int64 (longest + 1,). A wait is the number
@@ -48,7 +48,7 @@ class Coverage:
 
     name: str
     shape: tuple[int, ...]
-    keep_prob: float
+    keep_prob: float | None
     num_steps: int
     moves: NDArray[np.int64]
     waits: NDArray[np.int64]
@@ -65,12 +65,17 @@ class Coverage:
     def never_moved(self) -> int:
         return int((self.moves == 0).sum())
 
-    def expected_waits(self) -> NDArray[np.float64]:
+    def expected_waits(self) -> NDArray[np.float64] | None:
         """How many waits of each length the geometric distribution leads to, float64, as `waits`.
+
+        None if `keep_prob` was changed.
 
         Only those that have ended within the steps can be counted: after a wait of w steps there
         are num_steps - w places at which the move that ends it may be.
         """
+        if self.keep_prob is None:
+            return None
+
         lengths = np.arange(len(self.waits))
         places = np.maximum(0, self.num_steps - lengths)
         # A wait begins after a move, or at the beginning.
@@ -80,6 +85,7 @@ class Coverage:
         return expected
 
     def as_json(self) -> dict[str, Any]:
+        expected = self.expected_waits()
         return {
             "parameter": self.name,
             "shape": list(self.shape),
@@ -92,7 +98,7 @@ class Coverage:
             "never_moved": self.never_moved,
             "longest_wait": int(self.longest.max()),
             "waits": self.waits.tolist(),
-            "expected_waits": self.expected_waits().tolist(),
+            "expected_waits": None if expected is None else expected.tolist(),
         }
 
 
@@ -145,11 +151,15 @@ def count(trajectories: Trajectories, name: str, num_steps: int) -> Coverage:
     waits = np.zeros(num_steps + 1, np.int64)
     rows = np.zeros((num_rows, num_steps - first_shown), np.bool_)
     num_taken = 0
+    keep_probs = set()
 
     for segment in trajectories.segments:
         if segment.first >= num_steps:
             break
+        if name not in segment.parameters:
+            continue
         parameter = segment.parameters[name]
+        keep_probs.add(parameter.keep_prob)
         for step in range(segment.first, min(segment.last, num_steps)):
             if trajectories.is_skipped[step] or trajectories.lrs[parameter.group][step] == 0.0:
                 continue
@@ -168,7 +178,7 @@ def count(trajectories: Trajectories, name: str, num_steps: int) -> Coverage:
     return Coverage(
         name=name,
         shape=parameter.shape,
-        keep_prob=parameter.keep_prob,
+        keep_prob=keep_probs.pop() if len(keep_probs) == 1 else None,
         num_steps=num_taken,
         moves=moves,
         waits=waits[: last_wait + 1],

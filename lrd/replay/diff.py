@@ -92,9 +92,16 @@ def diff(first: Path, second: Path, replays: bool = True, overrides: Sequence[st
     if not bounds or not replays:
         return result
     last = min(bounds)
+    begin = max(history.first_step for history in histories)
+    if last <= begin:
+        result.notes.append(
+            f"steps up to {begin} are not computed again: a run was forked there, and its first "
+            "steps are those of its parent"
+        )
+        return result
     if last <= result.equal_until:  # a record of a step that both have in common was changed
         earlier = [step for step in _common_checkpoints(histories) if step < last]
-        result.equal_until = max([_common_past(histories), *earlier])
+        result.equal_until = max([begin, *earlier])
     locate(histories, last, result)
     return result
 
@@ -123,9 +130,9 @@ def compare_files(histories: tuple[RunHistory, RunHistory], result: RunDiff) -> 
     result.record = run_records.find_difference(
         all_records[0],
         all_records[1],
-        range(_common_past(histories) + 1, result.common_steps + 1),
-        # Runs that record other steps or tags may take the same steps.
-        only_common=any(key.startswith("tracking.") for key in result.settings),
+        range(1, result.common_steps + 1),
+        # Runs that record or evaluate at other steps may take the same ones.
+        only_common=bool(result.settings),
     )
 
 
@@ -170,24 +177,6 @@ def _fingerprint(history: RunHistory) -> str | None:
     return None if fingerprint is None else str(fingerprint)
 
 
-def _have_common_past(histories: tuple[RunHistory, RunHistory]) -> bool:
-    """Whether one run was forked from the other one, or both from the same state."""
-    one, other = histories
-    for fork, parent in ((one, other), (other, one)):
-        origin = fork.forked_from
-        if origin is not None and Path(origin["run"]).resolve() == parent.run_dir.resolve():
-            return True
-    origins = [history.forked_from for history in histories]
-    return origins[0] is not None and origins[0] == origins[1]
-
-
-def _common_past(histories: tuple[RunHistory, RunHistory]) -> int:
-    """The step up to which both are the same run; 0 if neither was forked from the other."""
-    if not _have_common_past(histories):
-        return 0
-    return max(history.first_step for history in histories)
-
-
 def _common_checkpoints(histories: tuple[RunHistory, RunHistory]) -> list[int]:
     return sorted(histories[0].checkpoints.keys() & histories[1].checkpoints.keys())
 
@@ -198,7 +187,8 @@ def _compare_checkpoints(histories: tuple[RunHistory, RunHistory], result: RunDi
     Returns:
         The first step whose checkpoints differ; None if none do.
     """
-    result.equal_until = _common_past(histories)
+    # A fork has its ancestors' records: where they equal those of the other run, so does its state.
+    result.equal_until = max(history.first_step for history in histories)
     for step in _common_checkpoints(histories):
         named = [
             states.keep_tensors(states.name_values(store.read(history.checkpoints[step])))

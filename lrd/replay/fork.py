@@ -8,6 +8,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from lrd.checkpoint import manifest, store
 from lrd.checkpoint.run_dir import RunDir, read_status
 from lrd.checkpoint.starts import Start, describe_fork, render_starts
 from lrd.errors import UserError
+from lrd.parts.schedules import result_settings
 from lrd.replay.computing.launching import compute, scratch_folder
 from lrd.replay.computing.plan import Watch
 from lrd.replay.history import RunHistory, read_history
@@ -37,6 +39,7 @@ class Fork:
         changes: key of the recipe -> the parent's value and the new one.
         ranks: of the parent at that step.
         num_replayed: how many steps were computed again to get there.
+        is_exact: whether it will take its parent's steps if nothing is changed.
     """
 
     run_dir: Path
@@ -45,6 +48,7 @@ class Fork:
     changes: dict[str, tuple[Any, Any]]
     ranks: int
     num_replayed: int
+    is_exact: bool
 
 
 def fork(parent: Path, step: int, overrides: Sequence[str]) -> Fork:
@@ -70,6 +74,7 @@ def fork(parent: Path, step: int, overrides: Sequence[str]) -> Fork:
     recipe = _changed_recipe(history, step, overrides)
     run_dir = Path(recipe.run_dir)
     build_parameters(recipe, history)  # refuses what network and optimizer do not take
+    _require_writable(run_dir)
     if store.list_steps(run_dir) or (run_dir / "recipe.yaml").exists():
         raise UserError(f"run_dir: {run_dir} has a run already; name another one")
 
@@ -83,10 +88,10 @@ def fork(parent: Path, step: int, overrides: Sequence[str]) -> Fork:
         }
         _write_run(run_dir, recipe, replace(state, trainer=trainer), history)
 
-    start = history.start_at(step - 1)
-    ranks = int(start.circumstances["ranks"]) if start else int(state.trainer["world_size"])
     changes = _describe_changes(history, step, recipe)
-    return Fork(run_dir, step, parent, changes, ranks, num_replayed)
+    # Such a run averages its momentum where it saves, which changes the last bits.
+    is_exact = num_replayed == 0 or recipe.trainer.gradient_exchange != "kept"
+    return Fork(run_dir, step, parent, changes, history.ranks_at(step), num_replayed, is_exact)
 
 
 def _describe_origin(history: RunHistory, step: int) -> dict[str, Any]:
@@ -123,22 +128,32 @@ def _write_run(
         owner.close()
 
 
+def _require_writable(run_dir: Path) -> None:
+    """Refuse a directory that cannot be made, before steps are computed for it."""
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir: {run_dir} cannot be written")
+
+
 def _has_run_dir(overrides: Sequence[str]) -> bool:
     """Whether the new run's directory is among the settings."""
     return any(override.startswith("run_dir=") for override in overrides)
 
 
 def _changed_recipe(history: RunHistory, step: int, overrides: Sequence[str]) -> recipes.Recipe:
-    """The parent's recipe at a step, with the changes."""
-    return recipes.parse(history.recipe_at(step - 1), str(history.run_dir), list(overrides))
+    """The recipe by which the parent took the step after this one, with the changes."""
+    return recipes.parse(history.recipe_at(step), str(history.run_dir), list(overrides))
 
 
 def _describe_changes(
     history: RunHistory, step: int, recipe: recipes.Recipe
 ) -> dict[str, tuple[Any, Any]]:
-    """The settings of the new run that affect the results and are not its parent's."""
-    before = recipes.parse(history.recipe_at(step - 1), history.name).result_settings()
-    now = recipe.result_settings()
+    """The settings that affect the results or the length, and are not the parent's."""
+    parent_recipe = recipes.parse(history.recipe_at(step), history.name)
+    before, now = (
+        {**result_settings(each), "trainer.epochs": each.trainer.epochs}
+        for each in (parent_recipe, recipe)
+    )
     return {
         key: (before.get(key), now.get(key))
         for key in sorted({*before, *now})

@@ -10,11 +10,15 @@ from typing import Any
 
 import yaml
 
+import lrd
 from lrd import recipe as recipes
 from lrd.checkpoint import store
+from lrd.checkpoint.run_dir import read_status
 from lrd.checkpoint.starts import Start, parse_starts
 from lrd.distributed import hardware
 from lrd.errors import UserError, first_line
+from lrd.parts.schedules import result_settings
+from lrd.recipe import named
 from lrd.replay.computing.plan import SAVED, Leg
 from lrd.replay.records import has_evaluation, read_records
 
@@ -91,20 +95,20 @@ class RunHistory:
 
     def recipe_at(self, step: int) -> dict[str, Any]:
         """The recipe by which the step after `step` steps was taken, whole."""
-        later = [start for start in self.starts if start.step > step]
-        begun = [start for start in self.starts if start.step <= step]
-        candidates = [start.recipe for start in [*begun[-1:], *later] if start.recipe is not None]
-        # Each checkpoint has the recipe of the start that saved it, also what does not affect the
-        # results, such as how often it evaluates.
-        for saved in sorted(self._saved_recipes):
-            if saved > step or saved == self.last_step:
-                candidates.append(self._saved_recipes[saved])
-        values = candidates[0] if candidates else self._recipe_file
+        merged = {**self._recipe_file, "run_dir": str(self.run_dir)}
+        # After the newest checkpoint the last start trained, whose recipe this is.
+        if step < self.last_step:
+            later = [start for start in self.starts if start.step > step]
+            begun = [start for start in self.starts if start.step <= step]
+            candidates = [start.recipe for start in [*begun[-1:], *later] if start.recipe]
+            candidates += [
+                self._saved_recipes[saved] for saved in sorted(self._saved_recipes) if saved > step
+            ]
+            merged |= candidates[0] if candidates else {}
 
-        facts = begun[-1].circumstances if begun else {}
-        local = {key: facts.get(key, self._recipe_file.get(key)) for key in _LOCAL_SECTIONS}
-        local = {key: value for key, value in local.items() if value is not None}
-        merged = {**values, **local, "run_dir": str(self.run_dir)}
+            facts = begun[-1].circumstances if begun else {}
+            merged |= {key: facts[key] for key in _LOCAL_SECTIONS if key in facts}
+            merged["trainer"] = {**merged.get("trainer", {}), **facts.get("trainer", {})}
         recipe = recipes.parse(merged, str(self.run_dir), self.overrides)
         return recipe.model_dump(mode="json")
 
@@ -128,10 +132,7 @@ class RunHistory:
             recipe = self.recipe_at(leg_first)
             checkpoint = self.checkpoints.get(leg_first)
             is_first = not legs
-            has_other_recipe = False
-            if leg_first > 0 and start is not None and start.step == leg_first:
-                before = self.recipe_at(leg_first - 1)
-                has_other_recipe = _result_settings(recipe) != _result_settings(before)
+            has_other_recipe = leg_first > 0 and self.changes_at(leg_first)
             if leg_first == self.first_step and self.forked_from is not None:
                 has_other_recipe = True  # its first checkpoint is of its parent's recipe
 
@@ -140,10 +141,16 @@ class RunHistory:
             else:
                 name = SAVED
                 legs[-1].saves = True
+            if leg_last in self.checkpoints and leg_last == last:
+                # A signal, or an interval that is no multiple of the epoch, may have left the
+                # evaluation to the next start.
+                skips = self.trainers[leg_last].get("evaluated") != leg_last
+            else:
+                skips = False
             legs.append(
                 Leg(
                     recipe=recipe,
-                    ranks=int(facts.get("ranks") or self._ranks_of_checkpoint(leg_last)),
+                    ranks=self.ranks_at(leg_first),
                     threads=facts.get("threads"),
                     on_cpu=facts.get("device", "cpu") == "cpu",
                     first=leg_first,
@@ -152,6 +159,7 @@ class RunHistory:
                     has_other_recipe=has_other_recipe,
                     settings=self._settings_after(leg_first),
                     observes_from=first + 1,
+                    skips_last_evaluation=skips,
                     evaluates_at_end=leg_last in bounds and has_evaluation(records, leg_last),
                 )
             )
@@ -168,11 +176,31 @@ class RunHistory:
         settings = self.trainers[later[0]].get("identity")
         return settings if isinstance(settings, dict) else None
 
-    def _ranks_of_checkpoint(self, step: int) -> int:
-        """How many ranks saved the first checkpoint at or after a step, or else the newest one."""
-        later = [saved for saved in sorted(self.checkpoints) if saved >= step]
-        steps = later or sorted(self.checkpoints)[-1:]
-        return int(self.trainers[steps[0]].get("world_size", 1)) if steps else 1
+    def changes_at(self, step: int) -> bool:
+        """Whether a start that began after `step` steps changed what affects the results."""
+        before = recipes.parse(self.recipe_at(step - 1), self.name)
+        after = recipes.parse(self.recipe_at(step), self.name)
+        return result_settings(before) != result_settings(after)
+
+    def ranks_at(self, step: int) -> int:
+        """How many ranks took the step after `step` steps."""
+        status = read_status(self.run_dir) or {}
+        start = self.start_at(step)
+        if step >= self.last_step and status.get("ranks"):  # the last start, see `recipe_at`
+            return int(status["ranks"])
+        if start is not None:
+            return int(start.circumstances["ranks"])
+        later = [saved for saved in sorted(self.checkpoints) if saved > step]
+        return int(self.trainers[later[0]].get("world_size", 1)) if later else 1
+
+    def describe_other_code(self, first: int, last: int) -> list[str]:
+        """A line if some steps were taken by other source files of lrd than those here."""
+        here = named.source_digest(Path(lrd.__file__).parent)
+        for step in [first, *(start.step for start in self.starts if first < start.step < last)]:
+            start = self.start_at(step)
+            if start is not None and start.circumstances["lrd_source"] != here:
+                return [f"{self.run_dir}: was computed by other source files of lrd than these"]
+        return []
 
     def describe_other_circumstances(self, first: int, last: int) -> list[str]:
         """How this host differs from those that computed some steps, a line for each difference.
@@ -254,8 +282,3 @@ def _read_saved_recipe(path: Path) -> dict[str, Any] | None:
     config = store.read_config_file(path)
     values = config.get("lrd", {}).get("recipe")
     return values if isinstance(values, dict) else None
-
-
-def _result_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that affect the results."""
-    return recipes.parse(values, "recipe").result_settings()

@@ -112,15 +112,17 @@ def _draw_mask(axes: Axes, coverage: Coverage) -> None:
 def _draw_waits(axes: Axes, coverage: Coverage) -> None:
     lengths = np.arange(len(coverage.waits))
     axes.bar(lengths, np.maximum(coverage.waits, 0), color=_KEPT, label="counted")
-    axes.plot(
-        lengths,
-        coverage.expected_waits(),
-        color=_EXPECTED,
-        marker="o",
-        markersize=3,
-        linewidth=1,
-        label="geometric distribution",
-    )
+    expected = coverage.expected_waits()
+    if expected is not None:
+        axes.plot(
+            lengths,
+            expected,
+            color=_EXPECTED,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            label="geometric distribution",
+        )
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_title(f"waits, the longest {int(coverage.longest.max())} steps", fontsize=9)
@@ -135,13 +137,14 @@ def _draw_moves(axes: Axes, coverage: Coverage) -> None:
     edges = np.arange(low, high + width + 1, width) - 0.5
     axes.hist(coverage.moves, bins=edges.tolist(), color=_KEPT, label="elements")
 
-    counts = np.arange(low, high + 1)
-    chance = _binomial(counts, coverage.num_steps, coverage.keep_prob)
-    expected = len(coverage.moves) * width * chance
-    axes.plot(counts, expected, color=_EXPECTED, linewidth=1.2, label="binomial distribution")
-    axes.set_title(
-        f"moves in {coverage.num_steps:,} steps, keep_prob {coverage.keep_prob:g}", fontsize=9
-    )
+    keep_prob = "changed"
+    if coverage.keep_prob is not None:
+        keep_prob = f"{coverage.keep_prob:g}"
+        counts = np.arange(low, high + 1)
+        chance = _binomial(counts, coverage.num_steps, coverage.keep_prob)
+        expected = len(coverage.moves) * width * chance
+        axes.plot(counts, expected, color=_EXPECTED, linewidth=1.2, label="binomial distribution")
+    axes.set_title(f"moves in {coverage.num_steps:,} steps, keep_prob {keep_prob}", fontsize=9)
     axes.set_xlabel("steps in which an element moved")
     axes.set_ylabel("elements")
     axes.margins(y=0.3)  # room for the legend

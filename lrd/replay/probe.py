@@ -215,7 +215,9 @@ def _element_of(text: str | None, parameter: Parameter, pattern: str) -> tuple[i
         middle = int(np.prod(shape, dtype=np.int64)) // 2
         return tuple(int(i) for i in np.unravel_index(middle, shape)) if shape else ()
 
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"probe: {pattern!r}: an index is numbers with commas between them")
     element = tuple(int(word) for word in words)
     is_inside = len(element) == len(shape) and all(
         i < size for i, size in zip(element, shape, strict=True)
@@ -231,8 +233,11 @@ def element_lrs(
     """The lr of an element at each step, float32 (num_steps,); NaN where it is not known."""
     lrs = []
     for segment in trajectories.segments:
-        parameter = segment.parameters[name]
         steps = slice(segment.first, segment.last)
+        if name not in segment.parameters:  # another recipe had no such parameter
+            lrs.append(np.full(segment.last - segment.first, np.nan, np.float32))
+            continue
+        parameter = segment.parameters[name]
         group_lrs = trajectories.lrs[parameter.group][steps]
         is_kept = draw_element(parameter, element, segment.updates[parameter.group])
         moves = is_kept & ~trajectories.is_skipped[steps]
@@ -288,21 +293,14 @@ def read_trajectories(run_dir: Path) -> Trajectories:
 def _build_segments(history: RunHistory, num_steps: int) -> list[Segment]:
     """The steps of a run by the recipes that took them."""
     bounds = [0]
-    for start in history.starts:
-        if 0 < start.step < num_steps and _differs_at(history, start.step):
-            bounds.append(start.step)
+    begins = {start.step for start in history.starts} | {history.last_step}
+    bounds += [step for step in sorted(begins) if 0 < step < num_steps and history.changes_at(step)]
     segments = []
     for first, last in itertools.pairwise([*bounds, num_steps]):
         recipe = recipes.parse(history.recipe_at(first), history.name)
         parameters = build_parameters(recipe, history)
         segments.append(Segment(first, last, recipe, parameters))
     return segments
-
-
-def _differs_at(history: RunHistory, step: int) -> bool:
-    before = recipes.parse(history.recipe_at(step - 1), history.name)
-    after = recipes.parse(history.recipe_at(step), history.name)
-    return before.result_settings() != after.result_settings()
 
 
 def build_parameters(recipe: recipes.Recipe, history: RunHistory) -> dict[str, Parameter]:
@@ -404,7 +402,10 @@ def _fill_from_schedule(
 ) -> None:
     """Fill in the lrs of steps that were not recorded (`tracking.every_steps`)."""
     steps_per_epoch = _steps_per_epoch(history)
-    computed = None if steps_per_epoch is None else lr_trajectory(segment.recipe, steps_per_epoch)
+    # A start may have had a smaller `max_steps` than the one after it.
+    trainer = segment.recipe.trainer.model_copy(update={"max_steps": None})
+    recipe = segment.recipe.model_copy(update={"trainer": trainer})
+    computed = None if steps_per_epoch is None else lr_trajectory(recipe, steps_per_epoch)
     lr_groups = {parameter.group: parameter.lr_group for parameter in segment.parameters.values()}
     for group, lr_group in lr_groups.items():
         window = lrs[group][segment.first : segment.last]  # a view

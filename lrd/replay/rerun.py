@@ -95,17 +95,18 @@ def rerun(
             f"replay: steps {first} to {last}: the first is {history.first_step + 1} or later, and "
             "not later than the last"
         )
-    total_steps = (read_status(run_dir) or {}).get("total_steps")
-    if isinstance(total_steps, int) and last > total_steps:
-        raise UserError(f"replay: step {last}: the run has {total_steps} steps")
+    taken = last_step_taken(history)
+    if last > taken:
+        raise UserError(f"replay: step {last}: the run has taken {taken} steps")
     out = out or run_dir / "replays" / f"steps-{first}-{last}"
     out.mkdir(parents=True, exist_ok=True)
 
+    steps = range(first, last + 1)
     watch = Watch(
         records=True,
         norms=norms,
         nonfinite=nonfinite,
-        samples=list(range(first, last + 1)) if samples else [],
+        samples=[(step, history.ranks_at(step - 1)) for step in steps] if samples else [],
         profile=profile,
     )
     legs = _plan(history, first, last, ranks, watch)
@@ -123,20 +124,29 @@ def rerun(
     return result
 
 
+def last_step_taken(history: RunHistory) -> int:
+    """The last step that a run has begun, as far as its files say.
+
+    A step in which it failed, and those since the last tracked one, are not recorded.
+    """
+    recorded = max(read_records(history.run_dir), default=0)
+    status = read_status(history.run_dir) or {}
+    known = max(recorded, history.last_step, int(status.get("step") or 0))
+    tracking = history.recipe_at(history.last_step).get("tracking", {})
+    return min(known + int(tracking.get("every_steps", 1)), int(status.get("total_steps") or known))
+
+
 def steps_around(run_dir: Path, step: int) -> tuple[int, int]:
-    """The first and last of the steps around one, as far as the run has them."""
-    total_steps = (read_status(run_dir) or {}).get("total_steps")
-    last = step + STEPS_AROUND
-    if isinstance(total_steps, int):
-        last = max(step, min(last, total_steps))
-    return max(1, step - STEPS_AROUND), last
+    """The first and last of the steps around one, as far as the run has taken them."""
+    last = min(step + STEPS_AROUND, last_step_taken(read_history(run_dir)))
+    return max(1, step - STEPS_AROUND), max(step, last)
 
 
 def _plan(history: RunHistory, first: int, last: int, ranks: int | None, watch: Watch) -> list[Leg]:
     legs = history.legs(first - 1, last)
     for leg in legs:
         leg.ranks = ranks or leg.ranks
-    watch.sampled_ranks = legs[-1].ranks
+    watch.samples = [(step, ranks or size) for step, size in watch.samples]
     only_samples = watch.samples and not (watch.norms or watch.nonfinite or watch.profile)
     if not only_samples:
         return legs
@@ -152,8 +162,9 @@ def _plan(history: RunHistory, first: int, last: int, ranks: int | None, watch: 
 def _describe_circumstances(
     history: RunHistory, legs: Sequence[Leg], ranks: int | None
 ) -> list[str]:
-    notes = list(history.notes)
-    notes += history.describe_other_circumstances(legs[0].first, legs[-1].last)
+    first, last = legs[0].first, legs[-1].last
+    notes = [*history.notes, *history.describe_other_code(first, last)]
+    notes += history.describe_other_circumstances(first, last)
     for leg in legs:
         start = history.start_at(leg.first)
         if ranks is not None and start is not None and start.circumstances["ranks"] != ranks:

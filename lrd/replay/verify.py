@@ -100,7 +100,10 @@ def verify(
         drawn = random.Random(seed).sample(range(len(windows)), num_windows)
         windows = [windows[number] for number in sorted(drawn)]
 
-    notes = list(history.notes)
+    notes = [
+        *history.notes,
+        *history.describe_other_code(windows[0].first, windows[-1].last),
+    ]
     for window in windows:
         differences = history.describe_other_circumstances(window.first, window.last)
         window.is_exact = not differences

@@ -87,6 +87,7 @@ def test_a_fork_says_how_to_start_it(trained, tmp_path):
     [
         (["probe", "{run}"], "name an element"),
         (["probe", "{run}", "nothing.*"], "matches no parameter"),
+        (["probe", "{run}", "fc.bias[1 2]"], "numbers with commas"),
         (["probe", "{run}", "--coverage", "--tensorboard"], "--tensorboard is of elements"),
         (["probe", "missing", "fc.bias"], "no such run directory"),
         (["verify", "missing"], "no such run directory"),
@@ -94,7 +95,7 @@ def test_a_fork_says_how_to_start_it(trained, tmp_path):
         (["diff", "{run}", "missing"], "no such run directory"),
         (["fork", "{run}", "--at", "5", "seed=1"], "run_dir=NEW is missing"),
         (["replay", "{run}"], "say which steps"),
-        (["replay", "{run}", "--from", "3", "--to", "11"], "the run has 10 steps"),
+        (["replay", "{run}", "--from", "3", "--to", "11"], "the run has taken 10 steps"),
         (["replay", "{run}", "--around", "3", "--to", "4"], "--around, or --from and --to"),
         (["runs", "{run}", "--watch", "--json"], "leave --watch out"),
         (["runs", "{run}", "--watch"], "needs a terminal"),

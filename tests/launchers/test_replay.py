@@ -110,3 +110,14 @@ def test_the_images_of_both_ranks_are_drawn(two_ranks, tmp_path):
     assert told["difference"] is None
     assert list(told["norms"]) == ["7", "8"]
     assert (out / "samples.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_norms_of_shards_are_those_of_whole_parameters(tmp_path):
+    run_dir = tmp_path / "run"
+    train(2, run_dir, "trainer.sharding=full")
+    told = json.loads(lrd("replay", run_dir, "--from", 7, "--to", 7, "--norms", "--json").stdout)
+    assert told["difference"] is None
+    squares = sum(norms["gradient"] ** 2 for norms in told["norms"]["7"].values())
+    assert squares**0.5 == pytest.approx(told["rows"]["7"]["train/grad_norm"], rel=1e-4)
+    assert all(norms["update"] > 0 for norms in told["norms"]["7"].values())

@@ -168,3 +168,13 @@ def test_the_expected_waits_are_those_of_many_elements(trained):
     assert coverage.numel == len(coverage.moves) == 2304
     # Five standard deviations of a count.
     assert (np.abs(coverage.waits - expected) <= 5 * np.sqrt(expected) + 5).all()
+
+
+def test_waits_are_not_expected_where_keep_prob_changed(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, "trainer.epochs=1")
+    train(run_dir, "trainer.epochs=2", "lr_dropout.keep_prob=0.8", "checkpoint.allow_changed=true")
+    (coverage,) = measure_coverage(run_dir, ["conv1.weight"])
+    assert coverage.keep_prob is None
+    assert coverage.expected_waits() is None
+    assert coverage.num_steps == 10

@@ -14,6 +14,7 @@ from lrd.errors import UserError
 from lrd.replay.computing.state import Difference, find_difference
 from lrd.replay.diff import diff
 from lrd.replay.fork import fork
+from lrd.replay.history import read_history
 from lrd.replay.rerun import rerun
 from lrd.replay.verify import verify
 from tests.helpers.equality import assert_same_final_state
@@ -291,3 +292,89 @@ def test_states_are_compared_by_their_bits():
     assert find_difference({"a": True}, {"a": True}) is None
     assert find_difference({"a": 1}, {"a": 1.0}).name == "a"
     assert find_difference(zero, {}).name == "a"
+
+
+# What a run may have been through
+
+
+def test_a_fork_where_the_recipe_changed_takes_the_new_one(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, "trainer.epochs=2")
+    train(run_dir, "trainer.epochs=3", "lr_dropout.keep_prob=0.8", "checkpoint.allow_changed=true")
+    new = tmp_path / "new"
+    forked = fork(run_dir, 10, [f"run_dir={new}"])
+    assert forked.changes == {}
+    train_recipe(new / "recipe.yaml")
+    assert_same_final_state(new, run_dir)
+    assert verify(run_dir).is_valid
+    assert verify(new).is_valid
+
+
+def test_a_fork_of_a_fork_before_its_first_step_has_its_changes(trained, tmp_path):
+    first = tmp_path / "first"
+    fork(trained, 8, [f"run_dir={first}", "optimizer.lr=0.02"])
+    second = tmp_path / "second"
+    forked = fork(first, 8, [f"run_dir={second}"])
+    assert forked.changes == {}
+    train_recipe(first / "recipe.yaml")
+    train_recipe(second / "recipe.yaml")
+    assert_same_final_state(second, first)
+
+    # Neither the way from parent to child nor where the parent lies matters.
+    moved = Path(shutil.copytree(trained, tmp_path / "moved"))
+    result = diff(moved, second)
+    assert (result.record.step, result.step) == (9, 9)
+
+
+def test_a_change_of_the_length_is_one_where_the_lr_depends_on_it(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, "schedule.name=CosineAnnealingLR", "trainer.epochs=2")
+    forked = fork(run_dir, 7, [f"run_dir={tmp_path / 'new'}", "trainer.epochs=4"])
+    assert forked.changes == {"trainer.epochs": (2, 4)}
+
+
+def test_a_stranger_at_the_place_of_the_parent_is_not_taken_for_it(trained, tmp_path):
+    parent = Path(shutil.copytree(trained, tmp_path / "parent"))
+    child = tmp_path / "child"
+    fork(parent, 11, [f"run_dir={child}"])
+    train_recipe(child / "recipe.yaml")
+    shutil.rmtree(parent)
+    train(parent, "seed=1")
+    result = diff(parent, child)
+    assert (result.record.step, result.step) == (1, None)
+    assert any("a run was forked there" in note for note in result.notes)
+
+
+def test_steps_after_the_newest_checkpoint_are_those_of_the_last_recipe(trained, tmp_path):
+    """As of a run that was killed before its first checkpoint with another recipe."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    longer = ["trainer.epochs=4", "lr_dropout.keep_prob=0.9", "checkpoint.allow_changed=true"]
+    train(run_dir, *longer)
+    shutil.rmtree(store.checkpoint_path(run_dir, 20))
+    result = rerun(run_dir, 16, 18)
+    assert result.difference is None
+    assert result.num_compared > 20
+
+
+def test_an_evaluation_that_a_signal_left_out_is_left_out(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, "trainer.epochs=2")
+    path = store.checkpoint_path(run_dir, 10)
+    trainer = store.read_trainer(path)
+    before = store.read_trainer(store.checkpoint_path(run_dir, 5))
+    for key in ("evaluated", "best", "latest"):
+        trainer[key] = before[key]
+    (path / store.TRAINER_FILE).write_text(json.dumps(trainer, indent=1))
+    manifest.write_manifest(path, 10, list(manifest.read_files(path)), manifest.read_previous(path))
+    result = verify(run_dir)
+    # The record of it, which a signal would have left out too, is all that differs.
+    assert result.windows[1].name == "test/accuracy"
+    assert "follows" in result.windows[1].fault
+
+
+def test_ranks_of_a_run_without_a_checkpoint_are_those_of_its_last_start(trained, tmp_path):
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(store.checkpoints_dir(run_dir))
+    status = json.loads((run_dir / "status.json").read_text())
+    (run_dir / "status.json").write_text(json.dumps({**status, "ranks": 2}))
+    assert [leg.ranks for leg in read_history(run_dir).legs(0, 3)] == [2]

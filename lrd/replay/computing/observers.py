@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrd.job.state import Job
+from lrd.optim import placement
 from lrd.replay.computing import state as states
 from lrd.tracking.recorder import Recorder
 
@@ -218,6 +219,8 @@ class NonfiniteObserver(Observer):
 
     def _look_at(self, value: Any, where: str, step: int | None = None) -> None:
         step = self._job.step + 1 if step is None else step
+        if placement.is_dtensor(value):
+            value = value.to_local()  # each rank looks at its shard
         if self.found is not None or step < self._first or not _is_nonfinite(value):
             return
         self.found = {
@@ -235,7 +238,9 @@ def _is_nonfinite(value: Any) -> bool:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.float()))
+    """The norm of a whole tensor; all ranks call it together where it is sharded."""
+    norm: Any = torch.linalg.vector_norm(tensor.float())
+    return float(norm.full_tensor() if placement.is_dtensor(norm) else norm)
 
 
 def read_values(job: Job) -> dict[str, Any]:

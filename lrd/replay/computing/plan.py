@@ -28,6 +28,7 @@ class Leg:
             None: there is none.
         observes_from: the first step that is observed; those before only lead there.
         expected: the checkpoint that the end is compared with; None: it is not compared.
+        skips_last_evaluation: whether the run had not evaluated when it saved the state at the end.
         evaluates_at_end: whether the run evaluated after the last step, whatever the recipe says.
         saves: whether the state at the end is saved, for the leg after it or for a fork.
     """
@@ -43,6 +44,7 @@ class Leg:
     settings: dict[str, Any] | None = None
     observes_from: int = 0
     expected: str | None = None
+    skips_last_evaluation: bool = False
     evaluates_at_end: bool = False
     saves: bool = False
 
@@ -77,8 +79,7 @@ class Watch:
         norms: the norms of gradients, updates and weights, by parameter.
         nonfinite: the first value that is not finite, and the module it came from. The replay ends
             there.
-        samples: the images of all ranks at these steps.
-        sampled_ranks: how many ranks that were.
+        samples: step and number of ranks: the images that each of these saw are saved.
         profile: a trace of the observed steps.
     """
 
@@ -87,8 +88,7 @@ class Watch:
     dump_at: int | None = None
     norms: bool = False
     nonfinite: bool = False
-    samples: list[int] = field(default_factory=list)
-    sampled_ranks: int = 1
+    samples: list[tuple[int, int]] = field(default_factory=list)
     profile: bool = False
 
 

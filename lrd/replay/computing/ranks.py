@@ -112,7 +112,7 @@ def run_legs(job: Job, plan: Plan, signals: StopSignals) -> int:
     meter = console.ProgressMeter(f"replaying {plan.name}", num_steps, has_last_line=False)
     start = time.perf_counter()
     if plan.watch.samples and is_main:
-        save_samples(job, plan.watch.samples, plan.watch.sampled_ranks, out)
+        save_samples(job, plan.watch.samples, out)
     first_profiled = plan.legs[0].observes_from if plan.watch.profile else None
     with closing(results), meter, profile_steps(job, first_profiled) as profile_step:
         progress = _ShownProgress(meter, profile_step)
@@ -123,8 +123,14 @@ def run_legs(job: Job, plan: Plan, signals: StopSignals) -> int:
 
             observers = make_observers(job, plan, leg, results)
             try:
-                ends_early = plan.watch.nonfinite
-                if not replay_steps(job, leg.last, signals, [*observers, progress], ends_early):
+                if not replay_steps(
+                    job,
+                    leg.last,
+                    signals,
+                    [*observers, progress],
+                    ends_early=plan.watch.nonfinite,
+                    evaluates_last=not leg.skips_last_evaluation,
+                ):
                     return EXIT_STOPPED
             except RunError as error:
                 if not plan.watch.nonfinite:
@@ -136,7 +142,7 @@ def run_legs(job: Job, plan: Plan, signals: StopSignals) -> int:
             if leg.evaluates_at_end and job.last_eval_step != job.step:
                 run_evaluation(job, signals)
             end_leg(job, leg, out, results)
-        results.write("time", steps=num_steps, seconds=time.perf_counter() - start)
+        results.write("time", steps=progress.num_steps, seconds=time.perf_counter() - start)
     return EXIT_OK
 
 
@@ -166,11 +172,11 @@ class _ShownProgress(Observer):
     def __init__(self, meter: console.ProgressMeter, profile_step: Callable[[], None]) -> None:
         self._meter = meter
         self._profile_step = profile_step
-        self._num_steps = 0
+        self.num_steps = 0
 
     def after_evaluation(self, job: Job) -> None:
-        self._num_steps += 1
-        self._meter.update(self._num_steps, f"step {job.step}")
+        self.num_steps += 1
+        self._meter.update(self.num_steps, f"step {job.step}")
         self._profile_step()
 
 
@@ -224,12 +230,14 @@ def replay_steps(
     signals: StopSignals,
     observers: Sequence[Observer] = (),
     ends_early: bool = False,
+    evaluates_last: bool = True,
 ) -> bool:
     """Take steps until `last` are done, as training takes them.
 
     Args:
         observers: look at each step.
         ends_early: whether an observer of any rank may end it.
+        evaluates_last: whether an evaluation that is due after the last step is made.
 
     Returns:
         Whether all were taken; False if a signal asked to stop.
@@ -245,7 +253,10 @@ def replay_steps(
 
     while job.step < last and not stop_signal:
         stop_signal = take_step(job, guard, progress, signals)
-        stop_signal = end_step(job, progress, signals, stop_signal)
+        if job.step == last and not evaluates_last and not stop_signal:
+            end_step(job, progress, signals, signal.SIGTERM)  # as a run that is asked to stop
+        else:
+            stop_signal = end_step(job, progress, signals, stop_signal)
         for observer in observers:
             observer.after_evaluation(job)
         if ends_early and any(all_gather_values(any(observer.is_done() for observer in observers))):

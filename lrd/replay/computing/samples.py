@@ -16,17 +16,17 @@ FILE_NAME = "samples.pt"
 MAX_IMAGES = 32  # of a rank in a step
 
 
-def save_samples(job: Job, steps: list[int], world_size: int, out: Path) -> None:
+def save_samples(job: Job, samples: list[tuple[int, int]], out: Path) -> None:
     """Save the images of some steps, of all ranks.
 
     Args:
         job: of one rank, which makes the batches of all.
-        steps: their numbers, from 1.
-        world_size: number of ranks of the run.
+        samples: the numbers of the steps, from 1, each with the number of ranks that took it.
         out: the folder that gets `samples.pt`.
     """
     rows: list[dict[str, Any]] = []
-    for rank in range(world_size):
+    ranks = {(rank, size) for _, size in samples for rank in range(size)}
+    for rank, world_size in sorted(ranks):
         batches = build_batches(
             job.dataset.train,
             job.recipe,
@@ -35,7 +35,7 @@ def save_samples(job: Job, steps: list[int], world_size: int, out: Path) -> None
             world_size=world_size,
         )
         try:
-            for step in steps:
+            for step in [step for step, size in samples if size == world_size]:
                 rows.append({"step": step, "rank": rank, **_read(batches, step, job)})
         finally:
             batches.close()
