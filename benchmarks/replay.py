@@ -43,9 +43,7 @@ def train(run_dir: Path, ranks: int, steps: int) -> float:
         for event in events
         if event is not None and any(value.tag.startswith("about") for value in event.summary.value)
     )
-    end = max(
-        event.wall_time for event in events if event is not None and event.step == steps
-    )
+    end = max(event.wall_time for event in events if event is not None and event.step == steps)
     return float(end - begin)
 
 
