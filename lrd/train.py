@@ -12,9 +12,10 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -506,10 +507,18 @@ def main(arguments: list[str] | None = None) -> None:
         console.error(USAGE)
         sys.exit(UserError.status)
 
+    run_rank(lambda: run(arguments[0], arguments[1:]))
+
+
+def run_rank(action: Callable[[], int]) -> NoReturn:
+    """Run what a rank does and end its process with the status that this returns.
+
+    What goes wrong before there is a job is reported here.
+    """
     try:
         check_launch_variables()
         end_with_launcher()
-        status = run(arguments[0], arguments[1:])
+        status = action()
     except UserError as error:
         console.error(f"{error}")
         status = error.status

@@ -82,6 +82,13 @@ def describe_network(
     }
 
 
+def read_recipe(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The recipe in a `config.json`; None in that of a checkpoint of a former version."""
+    section = config.get("lrd")
+    recipe = section.get("recipe") if isinstance(section, dict) else None
+    return recipe if isinstance(recipe, dict) else None
+
+
 def with_results(
     config: dict[str, Any],
     step: int,

@@ -22,6 +22,7 @@ from typing import Any
 
 STEP = "step"
 RECIPE = "recipe"
+RECIPE_SECTIONS = ("tracking", "checkpoint", "trainer")  # that are among the circumstances
 LENGTH_KEYS = {"epochs", "max_steps", "eval_every"}  # of the recipe's `trainer`
 
 

@@ -355,7 +355,7 @@ class Job:
             state.trainer.get("starts", []),
             self.step,
             self._circumstances(),
-            changed_recipe=_saved_recipe(state) if has_changed else None,
+            changed_recipe=network_config.read_recipe(state.config) if has_changed else None,
         )
         rescued = state.trainer.get("rescued", {}).get("scalars", {})
         self.rescued_scalars = {int(step): scalars for step, scalars in rescued.items()}
@@ -468,12 +468,6 @@ class Job:
                     group["mask_step"] = self.step
 
         self.schedule.fast_forward(self.step, self.batches.steps_per_epoch)
-
-
-def _saved_recipe(state: store.TrainState) -> dict[str, Any] | None:
-    """The recipe in a checkpoint's `config.json`; None in one of a former version."""
-    recipe = state.config.get("lrd", {}).get("recipe")
-    return recipe if isinstance(recipe, dict) else None
 
 
 def _have_same_state(saved: dict[str, Any], current: dict[str, Any]) -> bool:

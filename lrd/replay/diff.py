@@ -14,12 +14,13 @@ from typing import Any
 
 from lrd import recipe as recipes
 from lrd.checkpoint import store
+from lrd.checkpoint.starts import RECIPE_SECTIONS
 from lrd.replay import records as run_records
 from lrd.replay.computing import state as states
 from lrd.replay.computing.launching import Found, compute, read_dump, scratch_folder
 from lrd.replay.computing.plan import Watch
 from lrd.replay.computing.state import Difference
-from lrd.replay.history import RunHistory, read_history
+from lrd.replay.history import RunHistory, differing_values, read_history
 from lrd.replay.records import RecordDifference, read_records
 
 # Settings in which two runs always differ.
@@ -116,9 +117,9 @@ def compare_files(histories: tuple[RunHistory, RunHistory], result: RunDiff) -> 
     result.notes = [*one.notes, *other.notes, *one.damaged, *other.damaged]
 
     settings = [_flat_settings(history) for history in histories]
-    result.settings = _compare_values(*settings)
+    result.settings = differing_values(*settings)
     circumstances = [_last_circumstances(history) for history in histories]
-    result.circumstances = _compare_values(*circumstances)
+    result.circumstances = differing_values(*circumstances)
 
     fingerprints = [_fingerprint(history) for history in histories]
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
@@ -157,16 +158,8 @@ def _last_circumstances(history: RunHistory) -> dict[str, Any]:
     facts = dict(start.circumstances)
     versions = facts.pop("versions", {})
     sources = facts.pop("sources", {})
-    facts = {key: value for key, value in facts.items() if key not in ("tracking", "checkpoint")}
+    facts = {key: value for key, value in facts.items() if key not in RECIPE_SECTIONS}
     return {**facts, **versions, **sources}
-
-
-def _compare_values(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {
-        key: (first.get(key), second.get(key))
-        for key in sorted({*first, *second})
-        if first.get(key) != second.get(key)
-    }
 
 
 def _fingerprint(history: RunHistory) -> str | None:

@@ -22,7 +22,7 @@ from lrd.errors import UserError
 from lrd.parts.schedules import result_settings
 from lrd.replay.computing.launching import compute, scratch_folder
 from lrd.replay.computing.plan import Watch
-from lrd.replay.history import RunHistory, read_history
+from lrd.replay.history import RunHistory, differing_values, read_history
 from lrd.replay.probe import build_parameters
 from lrd.tracking import pages
 from lrd.tracking.copying import copy_records
@@ -141,8 +141,13 @@ def _has_run_dir(overrides: Sequence[str]) -> bool:
 
 
 def _changed_recipe(history: RunHistory, step: int, overrides: Sequence[str]) -> recipes.Recipe:
-    """The recipe by which the parent took the step after this one, with the changes."""
-    return recipes.parse(history.recipe_at(step), str(history.run_dir), list(overrides))
+    """The recipe by which the parent took the step after this one, with the changes.
+
+    The parent's mirror stays the parent's: two runs in one would delete each other's checkpoints.
+    """
+    values = history.recipe_at(step)
+    values["checkpoint"]["mirror"] = None
+    return recipes.parse(values, str(history.run_dir), list(overrides))
 
 
 def _describe_changes(
@@ -154,11 +159,7 @@ def _describe_changes(
         {**result_settings(each), "trainer.epochs": each.trainer.epochs}
         for each in (parent_recipe, recipe)
     )
-    return {
-        key: (before.get(key), now.get(key))
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    }
+    return differing_values(before, now)
 
 
 def _state_at(history: RunHistory, step: int, out: Path) -> tuple[store.TrainState, int]:

@@ -12,7 +12,7 @@ import yaml
 
 import lrd
 from lrd import recipe as recipes
-from lrd.checkpoint import store
+from lrd.checkpoint import network_config, store
 from lrd.checkpoint.run_dir import read_status
 from lrd.checkpoint.starts import Start, parse_starts
 from lrd.distributed import hardware
@@ -33,23 +33,25 @@ class RunHistory:
 
     Attributes:
         run_dir: the run directory.
+        recipe_file: its `recipe.yaml`: the recipe of the last start.
         checkpoints: the valid ones, by step.
         trainers: their `trainer.json`, by step.
         damaged: a line for each checkpoint that is not valid.
-        starts: that led to the newest checkpoint; empty if the run does not say.
         overrides: settings that were changed for the replay, such as `data.root`.
+        starts: that led to the newest checkpoint; empty if the run does not say.
+        saved_recipes: those in the checkpoints' `config.json`, by step.
         notes: lines on what the run lacks.
     """
 
     run_dir: Path
+    recipe_file: dict[str, Any]
     checkpoints: dict[int, Path]
     trainers: dict[int, dict[str, Any]]
     damaged: list[str]
-    starts: list[Start]
     overrides: Sequence[str] = ()
+    starts: list[Start] = field(default_factory=list)
+    saved_recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    _recipe_file: dict[str, Any] = field(default_factory=dict)
-    _saved_recipes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -95,14 +97,14 @@ class RunHistory:
 
     def recipe_at(self, step: int) -> dict[str, Any]:
         """The recipe by which the step after `step` steps was taken, whole."""
-        merged = {**self._recipe_file, "run_dir": str(self.run_dir)}
+        merged = {**self.recipe_file, "run_dir": str(self.run_dir)}
         # After the newest checkpoint the last start trained, whose recipe this is.
         if step < self.last_step:
             later = [start for start in self.starts if start.step > step]
             begun = [start for start in self.starts if start.step <= step]
             candidates = [start.recipe for start in [*begun[-1:], *later] if start.recipe]
             candidates += [
-                self._saved_recipes[saved] for saved in sorted(self._saved_recipes) if saved > step
+                self.saved_recipes[saved] for saved in sorted(self.saved_recipes) if saved > step
             ]
             merged |= candidates[0] if candidates else {}
 
@@ -248,14 +250,13 @@ def read_history(run_dir: Path, overrides: Sequence[str] = ()) -> RunHistory:
         checkpoints[step] = path
         trainers[step] = store.read_trainer(path)
 
-    history = RunHistory(run_dir, checkpoints, trainers, damaged, [], overrides)
-    history._recipe_file = recipe_file
+    history = RunHistory(run_dir, recipe_file, checkpoints, trainers, damaged, overrides)
     if checkpoints:
         history.starts = parse_starts(trainers[history.last_step].get("starts"))
         for step, path in checkpoints.items():
-            recipe = _read_saved_recipe(path)
+            recipe = network_config.read_recipe(store.read_config_file(path))
             if recipe is not None:
-                history._saved_recipes[step] = recipe
+                history.saved_recipes[step] = recipe
     if checkpoints and (not history.starts or history.starts[0].step > history.first_step):
         history.notes.append(
             f"{run_dir}: its first steps were taken by a version of lrd that did not record ranks, "
@@ -277,8 +278,10 @@ def _read_recipe_file(run_dir: Path) -> dict[str, Any]:
     return values
 
 
-def _read_saved_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe in a checkpoint's `config.json`; None in one of a former version."""
-    config = store.read_config_file(path)
-    values = config.get("lrd", {}).get("recipe")
-    return values if isinstance(values, dict) else None
+def differing_values(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each key in which two sets of settings differ."""
+    return {
+        key: (first.get(key), second.get(key))
+        for key in sorted({*first, *second})
+        if first.get(key) != second.get(key)
+    }

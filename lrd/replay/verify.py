@@ -95,7 +95,8 @@ def verify(
     faults = [*history.damaged, *check_chain(history)]
     windows = list_windows(history)
     if not windows:
-        raise UserError(f"{run_dir}: no two checkpoints between which there is a step to compute")
+        line = f"{run_dir}: no two valid checkpoints between which there is a step to compute"
+        raise UserError("\n".join([*faults, line]))
     if num_windows is not None and num_windows < len(windows):
         drawn = random.Random(seed).sample(range(len(windows)), num_windows)
         windows = [windows[number] for number in sorted(drawn)]

@@ -7,23 +7,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from lrd.cli.app import app
-from tests.helpers.replaying import replays_in_this_process, tamper_with_record, train
+from tests.helpers.replaying import (
+    replays_in_this_process,
+    tamper_with_record,
+    train_on_one_thread,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_dir = tmp_path_factory.mktemp("shown") / "run"
-    train(run_dir, "trainer.epochs=2")
-    torch.set_num_threads(threads)
-    return run_dir
+    return train_on_one_thread(tmp_path_factory.mktemp("shown") / "run", "trainer.epochs=2")
 
 
 def lrd(*arguments: object, expected: int = 0) -> str:

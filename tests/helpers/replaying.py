@@ -43,6 +43,15 @@ def train(run_dir: Path, *overrides: str) -> None:
     reset()
 
 
+def train_on_one_thread(run_dir: Path, *overrides: str) -> Path:
+    """Train RECIPE for several tests, whose own fixture of the threads is not there yet."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(run_dir, *overrides)
+    torch.set_num_threads(threads)
+    return run_dir
+
+
 def train_recipe(path: Path) -> None:
     """Train what a recipe file says, in this process."""
     assert run(str(path), []) == 0

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lrd.errors import UserError
 from lrd.optim import mask
 from lrd.replay.coverage import measure_coverage
 from lrd.replay.probe import ProbeResult, probe, write_probes
-from tests.helpers.replaying import train
+from tests.helpers.replaying import train, train_on_one_thread
 from tests.helpers.tensorboard_events import read_scalars
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,12 +103,7 @@ def test_what_follows_from_results_is_said_not_to_be_known(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_dir = tmp_path_factory.mktemp("probed") / "run"
-    train(run_dir)
-    torch.set_num_threads(threads)
-    return run_dir
+    return train_on_one_thread(tmp_path_factory.mktemp("probed") / "run")
 
 
 def test_patterns_name_elements(trained):

@@ -24,6 +24,7 @@ from tests.helpers.replaying import (
     tamper_with_checkpoint,
     tamper_with_record,
     train,
+    train_on_one_thread,
     train_recipe,
 )
 from tests.helpers.tensorboard_events import read_scalars
@@ -36,12 +37,7 @@ ELEMENT = "layer3.0.conv1.weight"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of 15 steps with checkpoints after 5, 10 and 15."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    train(run_dir)
-    torch.set_num_threads(threads)
-    return run_dir
+    return train_on_one_thread(tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture
@@ -331,6 +327,15 @@ def test_a_change_of_the_length_is_one_where_the_lr_depends_on_it(tmp_path):
     train(run_dir, "schedule.name=CosineAnnealingLR", "trainer.epochs=2")
     forked = fork(run_dir, 7, [f"run_dir={tmp_path / 'new'}", "trainer.epochs=4"])
     assert forked.changes == {"trainer.epochs": (2, 4)}
+
+
+def test_a_fork_leaves_its_parents_mirror_alone(copied, tmp_path):
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("mirror: null", "mirror: s3://bucket/parent"))
+    assert "s3://bucket/parent" in recipe.read_text()
+    new = tmp_path / "new"
+    fork(copied, 15, [f"run_dir={new}", "trainer.epochs=4"])
+    assert "s3://bucket/parent" not in (new / "recipe.yaml").read_text()
 
 
 def test_a_stranger_at_the_place_of_the_parent_is_not_taken_for_it(trained, tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -21,10 +20,9 @@ import torch
 from lrd import console
 from lrd import recipe as recipes
 from lrd.checkpoint import store
-from lrd.distributed.accelerator import check_launch_variables, exit_process
 from lrd.distributed.communication import all_gather_values
 from lrd.distributed.roll_call import RollCall
-from lrd.distributed.signals import StopSignals, end_with_launcher
+from lrd.distributed.signals import StopSignals
 from lrd.errors import EXIT_OK, EXIT_STOPPED, RunError, UserError
 from lrd.job.nonfinite import NonfiniteGuard
 from lrd.job.profiler import profile_steps
@@ -45,7 +43,9 @@ from lrd.replay.computing.observers import (
 )
 from lrd.replay.computing.plan import SAVED, Leg, Plan
 from lrd.replay.computing.samples import save_samples
-from lrd.train import end_step, report_failure, run_evaluation, take_step
+from lrd.train import end_step, report_failure, run_evaluation, run_rank, take_step
+
+USAGE = "usage: python -m lrd.replay.computing.ranks PLAN.json, as `lrd replay` starts it"
 
 
 def run_plan(path: Path) -> int:
@@ -86,8 +86,8 @@ def parse_recipe(leg: Leg, out: Path, profile: bool) -> recipes.Recipe:
     trainer = {**values["trainer"], "device": "cpu" if leg.on_cpu else "cuda"}
     checkpoint = {**values.get("checkpoint", {}), "mirror": None}
     checkpoint["allow_changed"] = True  # what differs is refused by `_require_same_settings`
-    if profile:
-        trainer["profile"] = max(1, leg.last - leg.observes_from + 1)
+    num_observed = leg.last - leg.observes_from + 1
+    trainer["profile"] = max(1, num_observed) if profile else None
     values |= {"trainer": trainer, "checkpoint": checkpoint}
     return recipes.parse(values, "the run's recipe")
 
@@ -157,8 +157,8 @@ def write_nonfinite(
     Returns:
         Whether there was one.
     """
-    own = [observer.found for observer in observers if isinstance(observer, NonfiniteObserver)]
-    found = [rank_found for rank_found in all_gather_values(own[0]) if rank_found is not None]
+    (observer,) = (each for each in observers if isinstance(each, NonfiniteObserver))
+    found = [values for values in all_gather_values(observer.found) if values is not None]
     if not found and message is None:
         return False
     first = min(found, key=lambda values: int(values["step"])) if found else {}
@@ -298,19 +298,13 @@ def compare_with_checkpoint(
 def main(arguments: list[str] | None = None) -> None:
     """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace-back while modules are imported
-    try:
-        check_launch_variables()
-        end_with_launcher()
-        status = run_plan(Path(arguments[0]))
-    except UserError as error:
-        console.error(f"{error}")
-        status = error.status
-    except Exception:
-        traceback.print_exc()
-        status = RunError.status
-    exit_process(status)
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        console.error(USAGE)
+        sys.exit(UserError.status)
+
+    run_rank(lambda: run_plan(Path(arguments[0])))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace-back for a Ctrl-C
     main()
