@@ -113,8 +113,10 @@ class Loader:
             batch: Batch | Failure = next(self._iterator)
         except (RuntimeError, OSError, EOFError):
             # torch looks after the workers while it waits. A batch is fetched from its worker,
-            # whose connections close a little before it has ended.
-            wait([worker.sentinel for worker in self._iterator._workers], _SECONDS_TO_DIE)
+            # whose connections close a little before it has ended, its sentinel among them.
+            workers = {worker.sentinel: worker for worker in self._iterator._workers}
+            for sentinel in wait(list(workers), _SECONDS_TO_DIE):
+                workers[sentinel].join()
             self._require_living_workers()
             raise
         return batch

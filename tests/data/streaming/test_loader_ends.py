@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -104,6 +106,31 @@ def test_a_worker_that_dies_while_its_batch_is_awaited_is_reported_in_seconds() 
     assert time.monotonic() - began < 30
     loader.close()
     assert worker_processes() == []
+
+
+def test_a_worker_whose_connections_are_closed_is_waited_for() -> None:
+    def close_connections_and_exit() -> None:
+        os.closerange(3, 1000)  # as the system does it, a little before a process has ended
+        time.sleep(0.5)
+        os._exit(7)
+
+    class Iterator:
+        """Of torch's DataLoader: the next batch is to be fetched from a worker."""
+
+        def __init__(self) -> None:
+            self._workers = [
+                multiprocessing.get_context("fork").Process(target=close_connections_and_exit)
+            ]
+            self._workers[0].start()
+
+        def __next__(self) -> None:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    loader = make_loader(workers=0)
+    loader._workers = 1
+    loader._iterator = Iterator()
+    with pytest.raises(RankError, match="ended itself with status 7"):
+        loader.next()
 
 
 def test_workers_that_hang_are_killed_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
