@@ -47,7 +47,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from lrd import console, recipe
-from lrd.cores import available_cores
 from lrd.data.batches import normalize
 from lrd.data.datasets import load_dataset
 from lrd.data.decoding import simplejpeg
@@ -55,6 +54,7 @@ from lrd.data.positions import seed_for_sample
 from lrd.data.streaming.augmentation import Augmentation
 from lrd.data.streaming.packing import pack_folder
 from lrd.data.streaming.streamed import StreamedBatches
+from lrd.host import available_cores
 from lrd.job.setup import build_batches
 from lrd.torchvision_compat import torchvision
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lrd import console
-from lrd.cores import available_cores
+from lrd.host import available_cores
 
 SHORTER_SIDE = (270, 330)  # pixels
 LONGEST_SHAPE = 1.4  # the longer side over the shorter one

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 from lrd import console
-from lrd.cores import available_cores
 from lrd.distributed import communication, network, roll_call
 from lrd.distributed.accelerator import check_launch_variables, exit_process, start_rank
 from lrd.errors import EXIT_OK, RunError, UserError, describe_os_error
+from lrd.host import available_cores
 from lrd.recipe import Trainer
 
 _NUM_TRIES = 20

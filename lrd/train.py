@@ -9,6 +9,9 @@ did, because momentum is averaged and replicas are compared there.
 
 from __future__ import annotations
 
+from lrd import startup
+
+# isort: split
 import signal
 import sys
 import traceback
@@ -39,6 +42,7 @@ from lrd.errors import (
     describe_os_error,
     first_line,
 )
+from lrd.host import is_out_of_memory
 from lrd.job import sharding
 from lrd.job.evaluation import evaluate_parts
 from lrd.job.nonfinite import NonfiniteGuard
@@ -47,8 +51,9 @@ from lrd.job.progress import Progress
 from lrd.job.setup import set_up
 from lrd.job.state import Job
 from lrd.job.survivor import reason_to_save_nothing, save_state, saving_in_background
-from lrd.memory import is_out_of_memory
 from lrd.recipe import named
+
+startup.imports_are_done()
 
 USAGE = "usage: python -m lrd.train RECIPE.yaml [section.key=value ...]"
 
@@ -515,6 +520,7 @@ def run_rank(action: Callable[[], int]) -> NoReturn:
 
     What goes wrong before there is a job is reported here.
     """
+    startup.exempt_what_was_imported()
     try:
         check_launch_variables()
         end_with_launcher()

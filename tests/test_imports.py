@@ -15,7 +15,7 @@ PACKAGE = Path(lrd.__file__).parent
 # From the ground up. A module imports from its own folder and from lower floors, never from the
 # same floor's other folders or from above.
 FLOORS = [
-    {"errors", "philox", "console", "cores", "files", "generators", "memory", "torchvision_compat"},
+    {"errors", "philox", "console", "files", "generators", "host", "startup", "torchvision_compat"},
     {"optim"},
     {"exchange", "recipe"},
     {"data", "distributed", "parts", "tracking"},

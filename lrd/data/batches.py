@@ -18,7 +18,7 @@ from lrd import recipe as recipes
 from lrd.data.images import Images
 from lrd.data.mixing import Mixing
 from lrd.data.positions import BatchOrder, draw_shifts
-from lrd.memory import require_memory
+from lrd.host import require_memory
 
 
 class TrainingBatches(BatchOrder):

@@ -17,7 +17,7 @@ from lrd.data.images import Dataset, Images, count_held_out
 from lrd.data.own_data import load_own_data
 from lrd.data.storage import choose_storage
 from lrd.errors import UserError, first_line
-from lrd.memory import require_memory
+from lrd.host import require_memory
 from lrd.philox import Domain
 from lrd.recipe.schema import is_own
 from lrd.torchvision_compat import torchvision

@@ -23,7 +23,7 @@ from lrd import console
 from lrd.data.decoding import describe_decode_error, open_image, to_pixels, upright
 from lrd.data.folder_lock import one_process_at_a_time
 from lrd.errors import UserError, first_line
-from lrd.memory import require_memory
+from lrd.host import require_memory
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}

@@ -9,11 +9,10 @@ from typing import Literal
 
 from lrd import console
 from lrd import recipe as recipes
-from lrd.cores import ranks_on_host
 from lrd.data.decoding import open_image, upright
 from lrd.data.image_folder import is_image_name, list_classes
 from lrd.errors import UserError
-from lrd.memory import total_bytes
+from lrd.host import ranks_on_host, total_bytes
 from lrd.recipe.schema import is_own
 
 PACK_FOLDER = ".lrd-pack"  # in `data.root`; it has a folder for each part

@@ -12,8 +12,8 @@ import torch
 
 from lrd import console
 from lrd import recipe as recipes
-from lrd.cores import share_of_cores
 from lrd.errors import UserError
+from lrd.host import share_of_cores
 
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 _CPUINFO = Path("/proc/cpuinfo")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrd.memory import require_memory
+from lrd.host import require_memory
 from lrd.torchvision_compat import torchvision
 
 _resnet = torchvision.models.resnet

@@ -20,9 +20,9 @@ import torch
 from lrd import console
 from lrd.checkpoint.run_dir import STOP_SECONDS
 from lrd.checkpoint.run_records import describe_seconds
-from lrd.cores import available_cores
 from lrd.distributed.signals import PARENT_VARIABLE, StopSignals
 from lrd.errors import EXIT_OK, EXIT_RUN_ERROR, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from lrd.host import available_cores
 from lrd.study.grid import GridRun, RunState, Study, command_overrides, read_state
 from lrd.study.progress import GridProgress
 

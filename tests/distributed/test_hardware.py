@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lrd import cores
+from lrd import host
 from lrd import recipe as recipes
 from lrd.distributed import hardware
 from lrd.errors import UserError
@@ -124,8 +124,8 @@ def set_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         monkeypatch.setattr(
             hardware.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False
         )
-        monkeypatch.setattr("lrd.cores._CGROUPS", tmp_path)
-        monkeypatch.setattr("lrd.cores._PROCESS_CGROUP", tmp_path / "own")
+        monkeypatch.setattr("lrd.host._CGROUPS", tmp_path)
+        monkeypatch.setattr("lrd.host._PROCESS_CGROUP", tmp_path / "own")
         (tmp_path / "own").write_text("4:memory:/elsewhere\n0::/pod/container\n")
 
         for folder, quota in zip(("pod/container", "pod", "."), quotas, strict=False):
@@ -160,8 +160,8 @@ def test_a_rank_has_no_more_threads_than_its_share_of_the_cores(
 
 
 def test_cores_are_counted_on_a_host_without_cgroups(monkeypatch, tmp_path):
-    monkeypatch.setattr("lrd.cores._PROCESS_CGROUP", tmp_path / "none")
-    assert cores.available_cores() >= 1
+    monkeypatch.setattr("lrd.host._PROCESS_CGROUP", tmp_path / "none")
+    assert host.available_cores() >= 1
 
 
 def test_this_machine_either_has_bf16_instructions_or_not():

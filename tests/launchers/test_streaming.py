@@ -241,10 +241,26 @@ def start_until(arguments: list[str], run_dir: Path, step: int) -> subprocess.Po
 # Kills
 
 
-def test_a_killed_worker_ends_all_ranks_and_the_run_goes_on_with_other_workers(
+def test_a_killed_worker_is_named_and_ends_all_ranks(images: Path, tmp_path: Path) -> None:
+    kill_a_worker_of_rank_1(images, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_after_a_killed_worker_the_run_goes_on_with_other_workers(
     images: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
+    kill_a_worker_of_rank_1(images, run_dir)
+    step = newest_step(run_dir)
+    assert step % STEPS_PER_EPOCH != 0
+    done = launch(train_command(images, run_dir, "data.workers=2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after step {step}" in done.stdout
+    assert_same_end(run_dir, undisturbed)
+
+
+def kill_a_worker_of_rank_1(images: Path, run_dir: Path) -> None:
+    """Start a run, kill a worker that reads images, and check how the run ends."""
     process = start_until(train_command(images, run_dir), run_dir, EVERY_STEPS)
     worker = first_worker(rank_processes(process, 2)[1])
     worker.kill()
@@ -265,13 +281,6 @@ def test_a_killed_worker_ends_all_ranks_and_the_run_goes_on_with_other_workers(
     assert status is not None
     assert status["state"] == "failed"
     assert line.removeprefix("lrd: ") in status["message"]
-
-    step = newest_step(run_dir)
-    assert step % STEPS_PER_EPOCH != 0
-    done = launch(train_command(images, run_dir, "data.workers=2"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {step}" in done.stdout
-    assert_same_end(run_dir, undisturbed)
 
 
 @pytest.mark.slow

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lrd import recipe as recipes
-from lrd.cores import share_of_cores
 from lrd.data.streaming.readers import Reader, Sample, SampleError
 from lrd.errors import RankError, describe_error, first_line
 from lrd.generators import preserved_generators
+from lrd.host import share_of_cores
 from lrd.recipe.named import last_line_in_file
 
 _PREFETCHED_BATCHES = 2  # of each worker

@@ -39,7 +39,6 @@ from PIL import Image
 from torch import Tensor
 
 from lrd import console
-from lrd.cores import available_cores
 from lrd.data.decoding import (
     ChooseRegion,
     Region,
@@ -49,6 +48,7 @@ from lrd.data.decoding import (
 )
 from lrd.data.storage import PACK_FILE, PACK_FOLDER
 from lrd.errors import UserError, first_line
+from lrd.host import available_cores
 
 PARTS = ("train", "test")
 VERSION = 1

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lrd import console, files
-from lrd.cores import available_cores
 from lrd.data.datasets import check_folders
 from lrd.data.decoding import UnreadableImageError, open_image, read_shrunk, size_before_cut
 from lrd.data.folder_lock import one_process_at_a_time
@@ -42,6 +41,7 @@ from lrd.data.streaming.packed import (
     shard_name,
 )
 from lrd.errors import UserError, describe_os_error, first_line
+from lrd.host import available_cores
 
 SHARD_BYTES = 1 << 30  # at which a shard is closed
 _LONGEST_SIDE = 65_535  # pixels, in uint16
