@@ -92,6 +92,8 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path):
     assert len(done.stdout.splitlines()) == 1
 
 
+# Slow, because a reader that leaves is the same to a command.
+@pytest.mark.slow
 def test_a_closed_output_is_no_error(tmp_path):
     make_run(tmp_path / "runs" / "a")
     script = " ".join([*LRD, "runs", str(tmp_path / "runs"), ">&-"])

@@ -134,6 +134,8 @@ def test_values_arrive_exactly_and_a_pickle_is_refused_in_one_line(tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+# Slow, because the test above has what the ranks send each other.
+@pytest.mark.slow
 def test_training_and_resuming_load_no_pickle_of_another_rank(tmp_path: Path) -> None:
     program = str(ROOT / "tests" / "helpers" / "run_without_pickles.py")
     overrides = [*SMALL, "trainer.epochs=1", f"run_dir={tmp_path / 'run'}"]

@@ -287,11 +287,11 @@ assert network.has_abandoned_threads()
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        ("", 0),
+        pytest.param("", 0, marks=pytest.mark.slow),
         ("raise RuntimeError('as the launcher ends where ranks have failed')", 1),
         ("sys.exit(3)", 3),
-        ("sys.exit('as a program ends with a message')", 1),
-        ("network.exit_at_once(2)", 2),
+        pytest.param("sys.exit('as a program with a message')", 1, marks=pytest.mark.slow),
+        pytest.param("network.exit_at_once(2)", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_left_a_call_to_a_store_ends_with_its_own_status(end, status) -> None:

@@ -76,16 +76,17 @@ def test_exported_weights_have_the_accuracy_of_the_run(run_dir, tmp_path, ema):
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_a_folder_of_images_in_bf16_has_the_accuracy_of_the_run(folder_run_dir, tmp_path, part):
     export_weights(folder_run_dir, tmp_path / "exported", ema=True)
-    evaluate = evaluated if part == "test" else evaluated_here
-    found = evaluate(tmp_path / "exported", "--part", part)
+    found = evaluated_here(tmp_path / "exported", "--part", part)
     prefix = "" if part == "test" else "validation_"
     assert found["accuracy"] == recorded(folder_run_dir)[f"{prefix}ema_accuracy"]
     assert found["num_images"] == (150 if part == "test" else 30)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_predictions_add_up_to_the_accuracy_of_the_run(folder_run_dir, image_folder):
-    ended = run_lrd("predict", folder_run_dir, image_folder / "test", "--top", 1, "--json")
-    assert ended.returncode == 0, ended.stderr
+    command = ["predict", str(folder_run_dir), str(image_folder / "test"), "--top", "1", "--json"]
+    ended = CliRunner().invoke(app, command)
+    assert ended.exit_code == 0, ended.output
     results = json.loads(ended.stdout)
     correct = [
         Path(result["image"]).parent.name == result["predictions"][0]["class"] for result in results

@@ -223,7 +223,7 @@ def test_a_missing_host_is_named_in_time(two_hosts: list[Host]) -> None:
 @pytest.mark.parametrize(
     "wrong_address",
     [
-        "10.77.0.99",  # no host has it
+        pytest.param("10.77.0.99", marks=pytest.mark.slow),  # no host has it
         pytest.param("10.77.0.2", marks=pytest.mark.slow),  # the other host has it
         pytest.param("no-such-host", marks=pytest.mark.slow),  # does not resolve
     ],
@@ -267,14 +267,14 @@ def test_a_port_taken_by_another_program_is_named_in_time(two_hosts: list[Host])
     )
 
 
+# Slow, because test_own_parts has ranks that differ.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "value_on_host1", "value_on_host0"),
     [
         ("lr_dropout.seed=8", "8", "None"),
-        pytest.param("checkpoint.every_steps=7", "7", "5", marks=pytest.mark.slow),
-        pytest.param(
-            "data.dataset=imagefolder", "'imagefolder'", "'digits'", marks=pytest.mark.slow
-        ),
+        ("checkpoint.every_steps=7", "7", "5"),
+        ("data.dataset=imagefolder", "'imagefolder'", "'digits'"),
     ],
 )
 def test_a_host_with_another_recipe_is_refused_with_host_and_key_named(

@@ -44,6 +44,8 @@ def test_another_mask_seed_on_one_rank_makes_the_replicas_drift_apart(tmp_path: 
     assert rank_0["weights"] != rank_1["weights"]
 
 
+# Slow, because test_nonfinite has a flipped bit, and test_sharding another seed on one rank.
+@pytest.mark.slow
 def test_replicas_that_differ_stop_the_run_with_rank_and_setting_named(tmp_path: Path) -> None:
     for facts in run_two_ranks(tmp_path, "1", "trainer.max_steps=3"):
         assert facts["step"] == 1
@@ -56,6 +58,8 @@ def test_replicas_that_differ_stop_the_run_with_rank_and_setting_named(tmp_path:
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a CUDA device")
 
 
+# Slow, because tests/cli/test_launch.py has a typo under the launcher, and tests/cli the rest.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "config", "override", "line"),
     [
@@ -66,19 +70,18 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this host 
             "data.batch_size: is 63, which cannot be split evenly over "
             "2 rank(s) x 1 accumulation step(s)",
         ),
-        pytest.param(
+        (
             2,
             "cpu.yaml",
             "optimizer.betas=[0.9, 0.99]",
             "optimizer.betas: SGD has no such argument",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             1,
             "gpu.yaml",
             "seed=1",
             "accelerate launch asks for GPUs, as it does where neither a launch file",
-            marks=[needs_no_cuda, pytest.mark.slow],
+            marks=needs_no_cuda,
         ),
     ],
 )
@@ -96,6 +99,7 @@ def test_a_user_error_is_one_line_under_the_launcher(
     assert "exitcode  : 2" in output or "exit status 2" in output
 
 
+@pytest.mark.slow
 def test_one_process_under_the_launcher(tmp_path: Path) -> None:
     done = launch(train_command(1, tmp_path / "run", "trainer.max_steps=3", config="cpu-1.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr

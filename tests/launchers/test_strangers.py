@@ -79,7 +79,9 @@ def write_as_a_stranger(port: int) -> None:
     client.delete_key(WELL_KNOWN_KEYS[0])
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(1000, marks=pytest.mark.slow)])
+# Slow, because tests/distributed has what strangers send to a store, one by one.
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [40, 1000])
 def test_noise_and_strangers_change_nothing(
     tmp_path: Path, undisturbed: dict[int, Path], number: int
 ) -> None:

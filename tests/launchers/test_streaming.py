@@ -563,14 +563,11 @@ FAULTS = {
 }
 
 
+# Slow, because a file that goes bad ends a run in the same way, see above.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "ranks"),
-    [
-        ("raise", 1),
-        pytest.param("raise", 2, marks=pytest.mark.slow),
-        pytest.param("shape", 1, marks=pytest.mark.slow),
-        pytest.param("exit", 1, marks=pytest.mark.slow),
-    ],
+    [("raise", 1), ("raise", 2), ("shape", 1), ("exit", 1)],
 )
 def test_a_data_set_that_fails_in_a_later_epoch_is_one_line(
     project: Path, tmp_path: Path, fault: str, ranks: int
@@ -628,6 +625,8 @@ def invoke(*arguments: object) -> Result:
     return result
 
 
+# Slow, because tests/inference has the same of a folder of images in memory.
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_eval_and_predict_find_the_accuracy_that_the_run_recorded(
     images: Path, undisturbed: Path

@@ -563,7 +563,10 @@ def test_the_kernels_compile_where_nothing_can_be_stored_on_disk():
 
 @pytest.mark.parametrize(
     ("first_line", "environment"),
-    [("", {"LRD_FUSED": "0"}), ("import sys; sys.modules['numba'] = None\n", {})],
+    [
+        pytest.param("", {"LRD_FUSED": "0"}, marks=pytest.mark.slow),
+        ("import sys; sys.modules['numba'] = None\n", {}),
+    ],
     ids=["switched off", "no Numba"],
 )
 def test_without_a_compiler_the_bits_are_the_same(first_line, environment):

@@ -109,6 +109,8 @@ def test_partial_sums_are_refused():
         placement._box((4,), FakeMesh((2,), (0,)), (PartialSum(),))
 
 
+# Slow, because the tests above have the boxes, and tests/launchers/test_sharding.py has FSDP2.
+@pytest.mark.slow
 def test_sharded_steps_are_those_of_whole_parameters():
     result = launch(command(4, [SCRIPT, "masks"]))
     assert result.returncode == 0, result.stderr[-4000:]

@@ -133,7 +133,7 @@ def test_nobody_waits_for_a_server_that_hangs_and_the_newest_is_uploaded(start, 
         ("500", "500 Internal Server Error"),
         ("503", "slow down"),
         ("403", "no permission"),
-        ("hang", "does not answer"),
+        pytest.param("hang", "does not answer", marks=pytest.mark.slow),
         ("cut", "ended the connection"),
     ],
 )
