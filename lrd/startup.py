@@ -4,6 +4,7 @@ Python looks for garbage again and again while torch and its libraries make thei
 None of them is garbage, and without the search a rank starts in about seven eighths of the time.
 """
 
+import atexit
 import gc
 
 _was_enabled = gc.isenabled()
@@ -23,3 +24,4 @@ def exempt_what_was_imported() -> None:
     step. Worker processes, which are forked, share more of their memory with the rank.
     """
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else a library may report at the end what was not collected

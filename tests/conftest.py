@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import os
 from collections.abc import Iterator
 from itertools import count
@@ -13,7 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import lrd.train  # noqa: F401  (what is imported here is exempt from garbage collection)
+import lrd.train  # noqa: F401  (exempt from garbage collection, see `pytest_sessionstart`)
+from lrd import startup
 from tests.helpers import object_server
 from tests.helpers.launching import STEPS, launch, train_command
 from tests.helpers.object_server import FaultyProxy, S3Server
@@ -23,7 +23,7 @@ _mirror_numbers = count()
 
 def pytest_sessionstart() -> None:
     """Tests collect garbage, so that a run lets go of its lock; each time took half a second."""
-    gc.freeze()
+    startup.exempt_what_was_imported()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -233,7 +233,7 @@ def _replay(
     legs = history.legs(first, last)
     if last in history.checkpoints:
         legs[-1].expected = str(history.checkpoints[last])
-    with scratch_folder() as out:
+    with scratch_folder(history.run_dir) as out:
         found = compute(legs, watch, out, history.name)
         return found, read_dump(out) if watch.dump_at is not None else {}
 

@@ -78,7 +78,7 @@ def fork(parent: Path, step: int, overrides: Sequence[str]) -> Fork:
     if store.list_steps(run_dir) or (run_dir / "recipe.yaml").exists():
         raise UserError(f"run_dir: {run_dir} has a run already; name another one")
 
-    with scratch_folder() as out:
+    with scratch_folder(parent) as out:
         state, num_replayed = _state_at(history, step, out)
         forked_from = _describe_origin(history, step)
         trainer = {

@@ -242,7 +242,7 @@ def read_history(run_dir: Path, overrides: Sequence[str] = ()) -> RunHistory:
     trainers = {}
     damaged = []
     for step in store.list_steps(run_dir):
-        path = store.checkpoint_path(run_dir, step)
+        path = store.checkpoint_path(run_dir.absolute(), step)  # the ranks may start elsewhere
         damage = store.find_damage(path)
         if damage is not None:
             damaged.append(f"{path}: {damage}")

@@ -111,7 +111,7 @@ def rerun(
     )
     legs = _plan(history, first, last, ranks, watch)
     result = Rerun(first, last, out, notes=_describe_circumstances(history, legs, ranks))
-    with scratch_folder() as folder:
+    with scratch_folder(run_dir) as folder:
         found = compute(legs, watch, folder, history.name)
         if samples:
             result.samples = out / SAMPLES_FILE

@@ -111,7 +111,7 @@ def verify(
         notes += [line for line in differences if line not in notes]
     result = Verification(windows, faults, notes)
     legs = plan_legs(history, windows)
-    with scratch_folder() as out:
+    with scratch_folder(run_dir) as out:
         found = compute(legs, Watch(records=True), out, history.name)
     judge(history, result, found)
     return result

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lrd.replay.computing.launching import LAUNCHER_VARIABLE
 from tests.helpers.equality import assert_same_final_state, metrics_without_speed
 from tests.helpers.launching import environment, launch, train_command
+from tests.helpers.namespaces import hosts, launcher, missing_requirement
 from tests.helpers.replaying import tamper_with_checkpoint
 
 STEPS = ["trainer.epochs=2", "trainer.max_steps=12", "checkpoint.every_steps=4"]
@@ -58,6 +61,29 @@ def assert_fork_equals_parent(parent: Path, run_dir: Path, ranks: int) -> None:
 def test_a_window_of_two_ranks_is_verified(undisturbed):
     told = json.loads(lrd("verify", undisturbed[2], "--windows", 1, "--json").stdout)
     assert (told["valid"], told["is_exact"], len(told["windows"])) == (True, True, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement())
+def test_a_replay_on_two_hosts_by_a_launcher_of_the_users_own(undisturbed, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed[2], run_dir)
+    script = tmp_path / "start_on_hosts.py"
+    with hosts(2, tmp_path) as all_hosts:
+        commands = [host.command(launcher(all_hosts, host, 1, [])) for host in all_hosts]
+        script.write_text(
+            "import subprocess, sys\n"
+            f"started = [subprocess.Popen([*command, *sys.argv[1:]]) for command in {commands}]\n"
+            "sys.exit(max(process.wait() for process in started))\n"
+        )
+        monkeypatch.setenv(LAUNCHER_VARIABLE, f"{sys.executable} {script}")
+        told = json.loads(lrd("verify", run_dir, "--windows", 1, "--json").stdout)
+        assert (told["valid"], told["is_exact"], len(told["windows"])) == (True, True, 1)
+        assert list((run_dir / "replays").iterdir()) == []
+
+        refused = lrd("replay", run_dir, "--around", 12, "--ranks", 3, expected=2)
+        line = "lrd: the launcher has started 2 rank(s); steps 1 to 17 are computed on 3"
+        assert line in refused.stderr.splitlines()
 
 
 @pytest.mark.slow

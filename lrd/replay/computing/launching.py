@@ -1,9 +1,13 @@
-"""Starts the ranks of a plan on this host and reads what they found."""
+"""Starts the ranks of a plan and reads what they found.
+
+They are on this host, unless `LRD_REPLAY_LAUNCHER` is set.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,9 +18,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lrd.distributed.signals import PARENT_VARIABLE
-from lrd.errors import EXIT_OK, UserError
+from lrd.errors import EXIT_OK, UserError, describe_os_error
 from lrd.replay.computing.observers import DumpObserver, Results
 from lrd.replay.computing.plan import Leg, Plan, Watch, group_legs
+
+# A command that starts several ranks, in place of `lrd launch`: for example on several hosts, which
+# share the run directory. Module and plan are added to it.
+LAUNCHER_VARIABLE = "LRD_REPLAY_LAUNCHER"
 
 
 class ReplayFailed(UserError):
@@ -46,9 +54,13 @@ class Found:
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder for what replays write; it is gone at the end."""
-    with TemporaryDirectory(prefix="lrd-replay-") as folder:
+def scratch_folder(run_dir: Path) -> Iterator[Path]:
+    """A folder for what replays of a run write; it is gone at the end."""
+    shared = None
+    if os.environ.get(LAUNCHER_VARIABLE):  # a temporary folder would be that of this host alone
+        shared = run_dir.absolute() / "replays"
+        shared.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix="lrd-replay-", dir=shared) as folder:
         yield Path(folder)
 
 
@@ -78,6 +90,9 @@ def start_ranks(leg: Leg, plan: Path) -> int:
 
     Returns:
         Their exit status.
+
+    Raises:
+        UserError: `LRD_REPLAY_LAUNCHER` is no command.
     """
     environment = {**os.environ}
     if leg.threads is not None:
@@ -87,15 +102,27 @@ def start_ranks(leg: Leg, plan: Path) -> int:
     if leg.ranks == 1:
         command = [sys.executable, *target]
         environment[PARENT_VARIABLE] = str(os.getpid())
+    elif launcher := os.environ.get(LAUNCHER_VARIABLE):
+        command = [*_split_launcher(launcher), *target]
     else:
         options = ["--num_processes", str(leg.ranks), *(["--cpu"] if leg.on_cpu else [])]
         command = [sys.executable, "-m", "lrd", "launch", *options, *target]
-    process = subprocess.Popen(command, env=environment)
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        raise UserError(f"{LAUNCHER_VARIABLE}: {describe_os_error(error)}") from None
     while True:
         try:
             return process.wait()
         except KeyboardInterrupt:  # the terminal has sent it to the ranks too
             continue
+
+
+def _split_launcher(launcher: str) -> list[str]:
+    try:
+        return shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"{LAUNCHER_VARIABLE}: {launcher}: {error}") from None
 
 
 def read_results(out: Path) -> Found:

@@ -7,6 +7,7 @@ The steps are taken by the functions of the training loop. Nothing is written bu
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -71,6 +72,7 @@ def run_plan(path: Path) -> int:
 def build_job(plan: Plan, calls: RollCall) -> Job:
     """The job of a plan's legs, with the state in which the first one begins."""
     leg = plan.legs[0]
+    _require_ranks(leg)
     recipe = parse_recipe(leg, Path(plan.out), plan.watch.profile)
     checkpoint = find_checkpoint(leg, Path(plan.out))
 
@@ -78,6 +80,20 @@ def build_job(plan: Plan, calls: RollCall) -> Job:
     if leg.threads is not None:
         torch.set_num_threads(leg.threads)
     return job
+
+
+def _require_ranks(leg: Leg) -> None:
+    """Refuse the ranks of a launcher of the user's own if there are more or fewer than in the run.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != leg.ranks:
+        raise UserError(
+            f"the launcher has started {started} rank(s); steps {leg.first + 1} to {leg.last} are "
+            f"computed on {leg.ranks}"
+        )
 
 
 def parse_recipe(leg: Leg, out: Path, profile: bool) -> recipes.Recipe:
@@ -298,8 +314,13 @@ def compare_with_checkpoint(
 def main(arguments: list[str] | None = None) -> None:
     """What each rank runs."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+    if len(arguments) != 1:
         console.error(USAGE)
+        sys.exit(UserError.status)
+    if not Path(arguments[0]).is_file():
+        console.error(
+            f"{arguments[0]}: no such file; the hosts of a replay share the run directory"
+        )
         sys.exit(UserError.status)
 
     run_rank(lambda: run_plan(Path(arguments[0])))
