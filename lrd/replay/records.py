@@ -36,7 +36,7 @@ class RecordDifference:
 
     def describe(self) -> str:
         """In one line."""
-        shown = ["no record" if value is None else f"{value:.9g}" for value in self.values]
+        shown = ["missing" if value is None else f"{value:.9g}" for value in self.values]
         text = f"step {self.step}: {self.tag} is {shown[0]} and {shown[1]}"
         return f"{text} ({len(self.tags)} records differ)" if len(self.tags) > 1 else text
 

@@ -97,7 +97,7 @@ def rerun(
         )
     taken = last_step_taken(history)
     if last > taken:
-        raise UserError(f"replay: step {last}: the run has taken {taken} steps")
+        raise UserError(f"replay: step {last}: {run_dir} has taken {taken} steps")
     out = out or run_dir / "replays" / f"steps-{first}-{last}"
     out.mkdir(parents=True, exist_ok=True)
 

@@ -93,7 +93,7 @@ def test_a_fork_says_how_to_start_it(trained, tmp_path):
         (["diff", "{run}", "missing"], "no such run directory"),
         (["fork", "{run}", "--at", "5", "seed=1"], "run_dir=NEW is missing"),
         (["replay", "{run}"], "say which steps"),
-        (["replay", "{run}", "--from", "3", "--to", "11"], "the run has taken 10 steps"),
+        (["replay", "{run}", "--from", "3", "--to", "11"], "run has taken 10 steps"),
         (["replay", "{run}", "--around", "3", "--to", "4"], "--around, or --from and --to"),
         (["runs", "{run}", "--watch", "--json"], "leave --watch out"),
         (["runs", "{run}", "--watch"], "needs a terminal"),
