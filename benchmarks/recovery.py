@@ -1,6 +1,6 @@
 """How long is it from the death of a rank to the end of the next step, and where does it go?
 
-    python benchmarks/recovery.py [--rounds 10] [--out benchmarks/results/recovery.json]
+    python benchmarks/recovery.py [--rounds 10] [--hosts] [--out benchmarks/results/recovery.json]
 
 The demonstration's recipe trains on two ranks under `accelerate launch --max_restarts`. Rank 1 is
 killed (SIGKILL) in the middle of a step, the launcher starts both ranks again, and the run goes on.
@@ -8,6 +8,9 @@ To compare with, a bare script on Accelerate trains the same network under the s
 saves its state after each step; the two take turns. Where it was killed in the middle of a save, it
 cannot go on; such rounds are counted. Each moment is written to a file by the process
 that comes to it, and the phases are the differences between the latest of the ranks' moments.
+
+With `--hosts` the ranks are on two hosts, network namespaces of this machine that share no files,
+with a launcher on each (needs root). They take turns with two ranks on one host.
 
 With `--cost`: what it costs in an undisturbed run that ranks can save when another one is lost. In
 every second step they do not copy the network's buffers; the ratio is of neighbouring steps.
@@ -22,11 +25,13 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from common import (
@@ -54,6 +59,11 @@ from recovery_rank import (
 from rich.progress import track
 
 from lrd import console
+
+sys.path.insert(0, str(ROOT))
+
+from tests.helpers.namespaces import hosts
+from tests.helpers.namespaces import launcher as host_launcher
 
 RANK = str(Path(__file__).with_name("recovery_rank.py"))
 LAUNCHER = [*ACCELERATE, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml")]
@@ -105,19 +115,38 @@ class NotGoneOnError(Exception):
     """A job ended after the kill, or made no step in time; the message is what it printed."""
 
 
-def end(launcher: subprocess.Popen[bytes]) -> None:
-    """End a launcher and its ranks; one that hangs is killed."""
+class Launch(NamedTuple):
+    """A command that starts ranks, and the folder to start it in."""
+
+    command: list[str]
+    folder: Path = ROOT
+
+
+def end(launchers: list[subprocess.Popen[bytes]]) -> None:
+    """End launchers and their ranks; those that hang are killed."""
+    processes = [process for launcher in launchers for process in ranks_of(launcher)]
+    for launcher in launchers:
+        with suppress(ProcessLookupError):
+            launcher.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_END
+    while time.monotonic() < deadline and any(launcher.poll() is None for launcher in launchers):
+        time.sleep(0.05)
+    for process in [*processes, *launchers]:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process.kill()
+    for launcher in launchers:
+        launcher.wait()
+
+
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The ranks that a launcher has started; none if it has ended."""
+    ranks = []
     with suppress(psutil.NoSuchProcess):
-        processes = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.send_signal(signal.SIGTERM)
-        try:
-            launcher.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            for process in processes:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            launcher.kill()
-    launcher.wait()
+        for child in psutil.Process(launcher.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if "RANK" in child.environ():
+                    ranks.append(child)
+    return ranks
 
 
 def read_marks(path: Path) -> list[tuple[int, float, str]]:
@@ -134,8 +163,14 @@ def last_step(path: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_and_wait(command: list[str], path: Path, kill_after: int, is_bare: bool = False) -> float:
+def kill_and_wait(
+    launches: list[Launch], path: Path, kill_after: int, is_bare: bool = False
+) -> float:
     """Start a job, kill rank 1 in the step after `kill_after`, and end the job when it goes on.
+
+    Args:
+        launches: the command on each host.
+        path: the file of marks.
 
     Returns:
         When it was killed.
@@ -146,28 +181,31 @@ def kill_and_wait(command: list[str], path: Path, kill_after: int, is_bare: bool
     if is_bare:
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryFile("w+") as output:
-        launcher = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
-        )
+        launchers = [
+            subprocess.Popen(
+                launch.command,
+                cwd=launch.folder,
+                env=variables,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for launch in launches
+        ]
         deadline = time.monotonic() + SECONDS
-        while last_step(path) < kill_after and launcher.poll() is None:
+        while last_step(path) < kill_after and launchers[0].poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(random.uniform(0.0, 0.03))
-        victims = [
-            child
-            for child in psutil.Process(launcher.pid).children()
-            if child.environ().get("RANK") == "1"
-        ]
+        ranks = [rank for launcher in launchers for rank in ranks_of(launcher)]
+        (victim,) = (rank for rank in ranks if rank.environ()["RANK"] == "1")
         killed = time.time()
-        for victim in victims:
-            victim.send_signal(signal.SIGKILL)
-        while not next_steps(read_marks(path), killed) and launcher.poll() is None:
+        victim.send_signal(signal.SIGKILL)
+        while not next_steps(read_marks(path), killed) and launchers[0].poll() is None:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         went_on = bool(next_steps(read_marks(path), killed))
-        end(launcher)
+        end(launchers)
         output.seek(0)
         if not went_on:
             raise NotGoneOnError(output.read())
@@ -184,14 +222,34 @@ def next_steps(marks: list[tuple[int, float, str]], killed: float) -> dict[int, 
     return {step: max(ranks.values()) for step, ranks in ends.items() if len(ranks) == 2}
 
 
-def measure_lrd(folder: Path, kill_after: int) -> dict[str, Any]:
-    path = folder / "marks"
-    command = [*LAUNCHER, RANK, str(path), RECIPE, f"run_dir={folder / 'run'}"]
-    command += [f"trainer.max_steps={STEPS}", "checkpoint.every_steps=0"]
-    killed = kill_and_wait(command, path, kill_after)
+def rank_command(path: Path, run_dir: Path | str) -> list[str]:
+    """What each rank runs, for a launcher."""
+    overrides = [f"run_dir={run_dir}", f"trainer.max_steps={STEPS}", "checkpoint.every_steps=0"]
+    return [RANK, str(path), RECIPE, *overrides]
 
+
+def measure_one_host(folder: Path, kill_after: int) -> dict[str, Any]:
+    path = folder / "marks"
+    command = [*LAUNCHER, *rank_command(path, folder / "run")]
+    return read_recovery(path, kill_and_wait([Launch(command)], path, kill_after))
+
+
+def measure_two_hosts(folder: Path, kill_after: int) -> dict[str, Any]:
+    path = folder / "marks"
+    options = ["--rdzv_backend", "lrd", "--max_restarts", "3"]
+    with hosts(2, folder) as both:
+        target = rank_command(path, "run")
+        launches = [
+            Launch(host.command(host_launcher(both, host, 1, target, *options)), host.folder)
+            for host in both
+        ]
+        return read_recovery(path, kill_and_wait(launches, path, kill_after))
+
+
+def read_recovery(path: Path, killed: float) -> dict[str, Any]:
+    """The phases from the kill to the next step, by the marks of the ranks."""
     marks = read_marks(path)
-    step, end = min(next_steps(marks, killed).items())
+    step, end_of_step = min(next_steps(marks, killed).items())
     done = max(
         int(what[5:]) for _, moment, what in marks if what[:5] == "step " and moment < killed
     )
@@ -199,10 +257,10 @@ def measure_lrd(folder: Path, kill_after: int) -> dict[str, Any]:
     before = killed
     for phase in PHASES:
         moments = [moment for _, moment, what in marks if what == phase and moment > killed]
-        moment = end if phase == STEPPED else max(m for m in moments if m < end)
+        moment = end_of_step if phase == STEPPED else max(m for m in moments if m < end_of_step)
         phases[phase] = moment - before
         before = moment
-    return {"seconds": end - killed, "phases": phases, "steps_lost": done + 1 - step}
+    return {"seconds": end_of_step - killed, "phases": phases, "steps_lost": done + 1 - step}
 
 
 def measure_bare(folder: Path, kill_after: int) -> float | None:
@@ -212,7 +270,7 @@ def measure_bare(folder: Path, kill_after: int) -> float | None:
     path = folder / "marks"
     command = [*LAUNCHER, str(script), str(path), str(folder / "state"), str(STEPS)]
     try:
-        killed = kill_and_wait(command, path, kill_after, is_bare=True)
+        killed = kill_and_wait([Launch(command)], path, kill_after, is_bare=True)
     except NotGoneOnError:
         return None
     return min(next_steps(read_marks(path), killed).values()) - killed
@@ -255,6 +313,7 @@ def measure_cost(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--hosts", action="store_true", help="one host and two, in turn")
     parser.add_argument("--cost", action="store_true", help="measure the cost of every step")
     parser.add_argument("--out", type=Path, help="the file of results")
     arguments = parser.parse_args()
@@ -262,24 +321,64 @@ def main() -> None:
         measure_cost(arguments.out or RESULTS / "recovery_cost.json")
         return
 
-    random.seed(0)
-    runs = []
-    bare: list[float | None] = []
-    for number in track(range(arguments.rounds), "rounds", transient=True):
-        with tempfile.TemporaryDirectory() as name:
-            kill_after = random.randint(*KILL_AFTER)
-            folders = [Path(name) / way for way in ("lrd", "bare")]
-            for folder in folders[:: -1 if number % 2 else 1]:
-                folder.mkdir()
-                if folder.name == "lrd":
-                    runs.append(measure_lrd(folder, kill_after))
-                else:
-                    bare.append(measure_bare(folder, kill_after))
+    if arguments.hosts:
+        compare_hosts(arguments.rounds, arguments.out or RESULTS / "recovery_hosts.json")
+    else:
+        compare_with_bare(arguments.rounds, arguments.out or RESULTS / "recovery.json")
 
+
+def take_turns(rounds: int, measures: Mapping[str, Callable[[Path, int], Any]]) -> dict[str, Any]:
+    """Measure in several ways, in turn, in each second round backwards.
+
+    Returns:
+        For each way what came of its rounds.
+    """
+    random.seed(0)
+    found: dict[str, list[Any]] = {way: [] for way in measures}
+    for number in track(range(rounds), "rounds", transient=True):
+        kill_after = random.randint(*KILL_AFTER)
+        for way in list(measures)[:: -1 if number % 2 else 1]:
+            with tempfile.TemporaryDirectory() as name:
+                found[way].append(measures[way](Path(name), kill_after))
+    return found
+
+
+def compare_hosts(rounds: int, out: Path) -> None:
+    ways = {"one host": measure_one_host, "two hosts": measure_two_hosts}
+    found = take_turns(rounds, ways)
     facts = {
         **circumstances("cpu"),
         "what": "seconds from the SIGKILL of one of two ranks to the end of the next step",
-        "rounds": arguments.rounds,
+        "rounds": rounds,
+        **{
+            way: {
+                "seconds": summary([run["seconds"] for run in runs]),
+                "phases": {
+                    phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES
+                },
+                "steps_lost": max(run["steps_lost"] for run in runs),
+            }
+            for way, runs in found.items()
+        },
+    }
+    rows = [[phase, *(spread(facts[way]["phases"][phase]) for way in ways)] for phase in PHASES]
+    rows += [["all of it", *(spread(facts[way]["seconds"]) for way in ways)]]
+    rows += [["steps lost, at most", *(str(facts[way]["steps_lost"]) for way in ways)]]
+    title = (
+        f"seconds from the death of one of two ranks to the end of the next step, "
+        f"{facts['device']}, {facts['cores']} cores, median of {rounds} (min to max)"
+    )
+    console.table(title, ["until", *ways], rows)
+    write(out, facts)
+
+
+def compare_with_bare(rounds: int, out: Path) -> None:
+    found = take_turns(rounds, {"lrd": measure_one_host, "bare": measure_bare})
+    runs, bare = found["lrd"], found["bare"]
+    facts = {
+        **circumstances("cpu"),
+        "what": "seconds from the SIGKILL of one of two ranks to the end of the next step",
+        "rounds": rounds,
         "seconds": summary([run["seconds"] for run in runs]),
         "phases": {phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES},
         "steps_lost": max(run["steps_lost"] for run in runs),
@@ -296,7 +395,7 @@ def main() -> None:
         f"the bare script did not go on {facts['bare_accelerate_did_not_go_on']} times"
     )
     console.table(title, ["until", "seconds"], rows)
-    write(arguments.out or RESULTS / "recovery.json", facts)
+    write(out, facts)
 
 
 if __name__ == "__main__":
