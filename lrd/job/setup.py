@@ -493,11 +493,24 @@ def wrap_model(job: Job) -> None:
 
     _choose_exchange(job)
     if trainer.compile:
+        if job.is_sharded:
+            _allow_compiled_blocks(len(residual_blocks(job.raw_model)))
         # In shards the blocks are compiled one by one, with other image sizes. With these as
         # symbols torch 2.13 fails to compile the backward pass.
         job.raw_model.compile(dynamic=False if job.is_sharded else None)
     if job.accelerator.num_processes > 2 and not job.is_sharded:
         _warm_up_ddp_buckets(job)
+
+
+def _allow_compiled_blocks(num_blocks: int) -> None:
+    """Let torch compile each block for training, for evaluation, and for two smaller last batches.
+
+    Blocks of a class share their code, of which torch compiles eight variants. It would run what
+    comes later as it is, which for a ResNet is most of an evaluation.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, 4 * num_blocks)
 
 
 def _choose_exchange(job: Job) -> None:

@@ -66,15 +66,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
 
 
-def launch(arguments: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder to its end."""
+def launch(
+    arguments: list[str], folder: Path = ROOT, timeout: float = TIMEOUT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder to its end, which must come within a time in seconds."""
     return subprocess.run(
         arguments,
         cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
         check=False,
     )
 
