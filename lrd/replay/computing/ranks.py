@@ -7,6 +7,9 @@ The steps are taken by the functions of the training loop. Nothing is written bu
 
 from __future__ import annotations
 
+from lrd import startup  # noqa: F401  (first; lrd.train says when the imports are done)
+
+# isort: split
 import os
 import signal
 import sys
