@@ -283,7 +283,7 @@ EVENT_FILES: dict[str, tuple[Callable[[Path], object], Expected]] = {
         told("events.out.tfevents", "step"),
     ),
     "garbage in the middle": (
-        _overwrite_events(400 * b"\xff", 1500),
+        _overwrite_events(400 * b"\xff", 3000),
         told("events.out.tfevents", "step"),
     ),
     "a part of a record at the end": (

@@ -23,6 +23,7 @@ _NAMED = {
     "optimizers: SGD: optimizer.dampening=abc",
     "optimizers: SGD: optimizer.foreach=abc",
     "optimizers: SGD: optimizer.differentiable=true",
+    "folders of images: data.image_size=100000000",
     "folders of images: a FIFO named .png",
     "folders of images: one class",
     "folders of images: a class folder that is not UTF-8",

@@ -25,6 +25,7 @@ from lrd.data.streaming.readers import ImageReader
 from lrd.data.streaming.sources import FileSource, Source
 from lrd.data.streaming.streamed import StreamedImages
 from lrd.errors import UserError
+from lrd.host import require_memory
 
 _IMAGES_FOR_STATISTICS = 1024
 
@@ -48,6 +49,7 @@ def load_folder(section: recipes.Data, seed: int, storage: str) -> Dataset:
         sources, classes = _index_files(root, section)
 
     size = section.image_size or _first_image_height(sources["train"], section.skip_corrupt)
+    require_memory(3 * size * size, f"data.image_size: is {size}", "each image")
     mean, std = _find_statistics(sources["train"], section, size, root / "train")
 
     parts = {}
