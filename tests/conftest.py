@@ -34,24 +34,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "launchers" not in item.path.parts)
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Run directories of the job with STEPS, by the number of ranks; nothing interrupted the runs.
+class _UndisturbedRuns(dict[int, Path]):
+    """Trains when a number of ranks is first asked for.
 
     If several processes run the tests, one of them trains and the others wait.
     """
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
-    folder.mkdir(exist_ok=True)
-    runs = {ranks: folder / f"{ranks}" / "run" for ranks in (1, 2)}
-    with (folder / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for ranks, run_dir in runs.items():
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __missing__(self, ranks: int) -> Path:
+        run_dir = self._folder / f"{ranks}" / "run"
+        with (self._folder / f"lock-{ranks}").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not (run_dir.parent / "done").exists():
                 done = launch(train_command(ranks, run_dir, *STEPS))
                 assert done.returncode == 0, done.stdout + done.stderr
                 (run_dir.parent / "done").touch()
-    return runs
+        self[ranks] = run_dir
+        return run_dir
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Run directories of undisturbed runs of the job with STEPS, by the number of ranks."""
+    base = tmp_path_factory.getbasetemp()
+    return _UndisturbedRuns(
+        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
+    )
 
 
 @pytest.fixture(scope="session")

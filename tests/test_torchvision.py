@@ -65,7 +65,7 @@ def test_a_plain_import_works_after_which_torchvision_is_whole() -> None:
 @pytest.mark.parametrize(
     ("autoload", "first"),
     [
-        ("0", ""),
+        pytest.param("0", "", marks=pytest.mark.slow),
         pytest.param("1", "", marks=pytest.mark.slow),
         pytest.param("1", "import lrd.optim; ", marks=pytest.mark.slow),
     ],

@@ -68,7 +68,8 @@ def test_a_run_is_verified(trained, monkeypatch):
 
 def test_steps_are_shown_again(trained, tmp_path, monkeypatch):
     with replays_in_this_process(monkeypatch):
-        shown = lrd("replay", trained, "--around", 9, "--norms", "--samples", "-o", tmp_path / "o")
+        steps = ["--from", 8, "--to", 9]
+        shown = lrd("replay", trained, *steps, "--norms", "--samples", "-o", tmp_path / "o")
     assert "came out again, bit for bit" in shown.replace("\n", " ")
     assert (tmp_path / "o" / "samples.png").stat().st_size > 10_000
 

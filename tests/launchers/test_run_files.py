@@ -6,6 +6,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from lrd.checkpoint import store
 from tests.helpers.equality import assert_same_end
 from tests.helpers.launching import STEPS, launch, signal_all, start, train_command, wait_for
@@ -18,6 +20,8 @@ def read_epochs(run_dir: Path) -> list[str]:
     return [re.sub(r"  [\d.:]+ (s|min)$", "", epoch) for epoch in epochs]
 
 
+# Slow, because test_hosts has a run that goes on, and tests/job has its files.
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_its_files(tmp_path: Path, undisturbed: dict[int, Path]) -> None:
     run_dir = tmp_path / "run"
     process = start(train_command(1, run_dir, *STEPS))

@@ -35,6 +35,8 @@ def lrd_lines(output: str) -> list[str]:
     return re.findall(r"^lrd: (.*)$", output, re.MULTILINE)
 
 
+# Slow, because tests/job/test_rank_speed.py has what is said of which times.
+@pytest.mark.slow
 def test_a_slow_rank_is_named_and_named_again_when_it_recovers(tmp_path: Path) -> None:
     recipe = [RECIPE, *SMALL, *STEPS, f"run_dir={tmp_path / 'run'}"]
     done = launch(command(2, [SCRIPT, str(FIRST), str(LAST), *recipe]))
