@@ -343,6 +343,14 @@ def take_turns(rounds: int, measures: Mapping[str, Callable[[Path, int], Any]]) 
     return found
 
 
+def summarize_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seconds": summary([run["seconds"] for run in runs]),
+        "phases": {phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES},
+        "steps_lost": max(run["steps_lost"] for run in runs),
+    }
+
+
 def compare_hosts(rounds: int, out: Path) -> None:
     ways = {"one host": measure_one_host, "two hosts": measure_two_hosts}
     found = take_turns(rounds, ways)
@@ -350,16 +358,7 @@ def compare_hosts(rounds: int, out: Path) -> None:
         **circumstances("cpu"),
         "what": "seconds from the SIGKILL of one of two ranks to the end of the next step",
         "rounds": rounds,
-        **{
-            way: {
-                "seconds": summary([run["seconds"] for run in runs]),
-                "phases": {
-                    phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES
-                },
-                "steps_lost": max(run["steps_lost"] for run in runs),
-            }
-            for way, runs in found.items()
-        },
+        **{way: summarize_runs(runs) for way, runs in found.items()},
     }
     rows = [[phase, *(spread(facts[way]["phases"][phase]) for way in ways)] for phase in PHASES]
     rows += [["all of it", *(spread(facts[way]["seconds"]) for way in ways)]]
@@ -379,9 +378,7 @@ def compare_with_bare(rounds: int, out: Path) -> None:
         **circumstances("cpu"),
         "what": "seconds from the SIGKILL of one of two ranks to the end of the next step",
         "rounds": rounds,
-        "seconds": summary([run["seconds"] for run in runs]),
-        "phases": {phase: summary([run["phases"][phase] for run in runs]) for phase in PHASES},
-        "steps_lost": max(run["steps_lost"] for run in runs),
+        **summarize_runs(runs),
         "bare_accelerate_seconds": summary([seconds for seconds in bare if seconds is not None]),
         "bare_accelerate_did_not_go_on": bare.count(None),
     }

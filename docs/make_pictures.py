@@ -77,7 +77,7 @@ FLOORS = [
             Room("philox", "random bits", 0.8),
             Room("generators", "set, restored", 1.15),
             Room("console, errors", "output, exit statuses", 1.6),
-            Room("files, host, startup", "the machine", 2.1),
+            Room("files, host, startup", "machine, imports", 2.1),
             Room("torchvision_compat", "torchvision anywhere", 1.9),
         ],
     ),

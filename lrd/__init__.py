@@ -17,11 +17,14 @@ The folders, from the ground up:
 | `checkpoint/` | the training state on disk |
 | `job/` | one training job, set up from a recipe |
 | `inference/` | trained networks in use: `load_model`, evaluation |
+| `study/` | several arms and seeds, compared |
 | `train.py` | the training loop: what `accelerate launch -m lrd.train` starts |
+| `replay/` | steps of a run computed again: verify, diff, fork, probe |
 | `cli/` | the `lrd` command |
 
-Beside them stand `philox.py` (the random bits), `console.py`, `errors.py`, `torchvision_compat.py`
-and `doctor.py` (what each rank sees of the cluster).
+Beside them stand `philox.py` (the random bits), `console.py`, `errors.py`, `files.py`,
+`generators.py`, `host.py` (cores and memory), `startup.py`, `torchvision_compat.py` and `doctor.py`
+(what each rank sees of the cluster).
 
 `import lrd` is cheap: torch and NumPy are imported when one of the names below is first used.
 """

@@ -1,7 +1,8 @@
-"""No garbage collection while a rank's modules are imported: imported first, and called when done.
+"""No garbage collection while a rank imports its modules.
 
-Python looks for garbage again and again while torch and its libraries make their million objects.
-None of them is garbage, and without the search a rank starts in about seven eighths of the time.
+A rank's program imports this module first, and calls `imports_are_done` after its last import.
+Python would look for garbage again and again while torch and its libraries make their million
+objects, none of which is garbage. Without the search the imports take about an eighth less time.
 """
 
 import atexit
@@ -18,10 +19,11 @@ def imports_are_done() -> None:
 
 
 def exempt_what_was_imported() -> None:
-    """Leave out all objects of now whenever garbage is collected.
+    """Exempt all objects that exist now from garbage collection.
 
-    A full collection would go through all that was imported, for half a second in the middle of a
-    step. Worker processes, which are forked, share more of their memory with the rank.
+    A full collection would go through all that was imported, which takes up to half a second in the
+    middle of a step. Python's documentation of `gc.freeze` advises it before processes are forked,
+    as data workers are: they share more of their memory then.
     """
     gc.freeze()
-    atexit.register(gc.unfreeze)  # else a library may report at the end what was not collected
+    atexit.register(gc.unfreeze)  # else nanobind (Triton) reports at the end what is left

@@ -9,7 +9,7 @@ did, because momentum is averaged and replicas are compared there.
 
 from __future__ import annotations
 
-from lrd import startup
+from lrd import startup  # first, see there
 
 # isort: split
 import signal

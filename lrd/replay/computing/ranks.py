@@ -7,7 +7,7 @@ The steps are taken by the functions of the training loop. Nothing is written bu
 
 from __future__ import annotations
 
-from lrd import startup  # noqa: F401  (first; lrd.train says when the imports are done)
+from lrd import startup  # noqa: F401  (first, see there; lrd.train says when it is done)
 
 # isort: split
 import os
